@@ -1,0 +1,29 @@
+"""Read the notebooks as data, and run the definitions on their pages without running the pages."""
+
+import ast
+import math
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("MNIST.ipynb", "CIFAR.ipynb")
+
+
+def read(name: str):
+    """The notebook `name` as nbformat reads it."""
+    return nbformat.read(ROOT / name, as_version=4)
+
+
+def code_cells(name: str) -> list:
+    """The notebook's code cells."""
+    return [cell for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def definitions(name: str) -> dict:
+    """Execute the imports, functions and classes of a notebook, and nothing else; return them by name."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    nodes = [node for cell in code_cells(name) for node in ast.parse(cell.source).body if isinstance(node, kinds)]
+    namespace = {"math": math, "__name__": name}
+    exec(compile(ast.Module(nodes, type_ignores=[]), name, "exec"), namespace)
+    return namespace

@@ -1,0 +1,361 @@
+import gzip
+import http.server
+import io
+import os
+import pickle
+import tarfile
+import threading
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import helpers
+
+GREY, COLOR = (1, 28, 28), (3, 32, 32)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """An empty data folder, with the smoke mode off and the network forbidden."""
+    monkeypatch.setenv("LAB_FAST", "0")
+    monkeypatch.setenv("LAB_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def idx(array: np.ndarray) -> bytes:
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def mnist(data, monkeypatch):
+    """A small MNIST, raw files without their archives, whose checksums the helpers know. Returns name → archive."""
+    random = np.random.default_rng(0)
+    archives, resources = {}, []
+    for part, count in (("train", 60), ("t10k", 20)):
+        for kind, array in (
+            ("images-idx3", random.integers(0, 256, (count, 28, 28))),
+            ("labels-idx1", np.arange(count) % 10),
+        ):
+            name, content = f"{part}-{kind}-ubyte", idx(array)
+            monkeypatch.setitem(helpers.MNIST_MD5, name, helpers.md5(content))
+            archives[f"{name}.gz"] = gzip.compress(content)
+            resources.append((f"{name}.gz", helpers.md5(archives[f"{name}.gz"])))
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+    raw = data / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in archives.items():
+        (raw / name.removesuffix(".gz")).write_bytes(gzip.decompress(content))
+    return archives
+
+
+@pytest.fixture(params=["CIFAR10", "CIFAR100"])
+def cifar(request, data, monkeypatch):
+    """A small CIFAR archive whose checksums the helpers know; nothing is on disk. Returns (name, table, archive)."""
+    table, random, files = getattr(torchvision.datasets, request.param), np.random.default_rng(0), {}
+    fine = request.param == "CIFAR100"
+    for name, _ in [*table.train_list, *table.test_list]:
+        batch = {"data": random.integers(0, 256, (200, 3072), dtype=np.uint8)}
+        labels = [i % (100 if fine else 10) for i in range(200)]
+        batch |= {"fine_labels": labels, "coarse_labels": [k % 20 for k in labels]} if fine else {"labels": labels}
+        files[name] = pickle.dumps(batch)
+    names = {
+        table.meta["key"]: [f"class {k}" for k in range(100 if fine else 10)],
+        "coarse_label_names": list("abcdefghijklmnopqrst"),
+    }
+    files[table.meta["filename"]] = pickle.dumps(names)
+    for attribute in ("train_list", "test_list"):
+        monkeypatch.setattr(table, attribute, [[n, helpers.md5(files[n])] for n, _ in getattr(table, attribute)])
+    monkeypatch.setattr(table, "meta", table.meta | {"md5": helpers.md5(files[table.meta["filename"]])})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{table.base_folder}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(table, "tgz_md5", helpers.md5(buffer.getvalue()))
+    data.mkdir()
+    return request.param, table, buffer.getvalue()
+
+
+class TestMnist:
+    def test_reads_torchvisions_layout(self, mnist):
+        split = helpers.load("MNIST", train=True, shape=GREY)
+        assert split.images.shape == (60, 1, 28, 28)
+        assert split.images.dtype == torch.uint8
+        assert split.labels.dtype == torch.int64
+        assert split.labels.tolist() == [i % 10 for i in range(60)]
+        assert split.classes == ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+        assert split.provenance == helpers.Provenance("MNIST", "official", True)
+        assert len(helpers.load("MNIST", train=False, shape=GREY)) == 20
+
+    @pytest.mark.parametrize(
+        "damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:900] + b"\xff" + b[901:], lambda b: b[:8] + b[16:]]
+    )
+    def test_damaged_file_is_refused_by_name_and_kept(self, mnist, data, damage):
+        path = data / "MNIST" / "raw" / "train-images-idx3-ubyte"
+        bad = damage(path.read_bytes())
+        path.write_bytes(bad)
+        with pytest.raises(helpers.LabError, match="train-images-idx3-ubyte") as caught:
+            helpers.load("MNIST", train=True, shape=GREY)
+        assert not isinstance(caught.value, helpers.DataUnavailable)  # it would be replaced by a stand-in
+        assert path.read_bytes() == bad
+
+    @pytest.mark.parametrize("place", ["MNIST/raw", "MNIST", "."])
+    def test_good_archive_heals_a_damaged_file(self, mnist, data, place):
+        path = data / "MNIST" / "raw" / "train-images-idx3-ubyte"
+        good = path.read_bytes()
+        path.write_bytes(good[:100])
+        (data / place / "train-images-idx3-ubyte.gz").write_bytes(mnist["train-images-idx3-ubyte.gz"])
+        assert helpers.load("MNIST", train=True, shape=GREY).provenance.verified
+        assert path.read_bytes() == good
+
+    def test_read_only_folder_with_archives_serves(self, mnist, data):
+        raw = data / "MNIST" / "raw"
+        for name, content in mnist.items():
+            (raw / name.removesuffix(".gz")).unlink()
+            (raw / name).write_bytes(content)
+        raw.chmod(0o500)
+        try:
+            assert len(helpers.load("MNIST", train=True, shape=GREY)) == 60
+        finally:
+            raw.chmod(0o700)
+
+    def test_fashion_without_its_archive_is_read_but_not_verified(self, mnist, data):
+        (data / "MNIST").rename(data / "FashionMNIST")
+        split = helpers.load("FashionMNIST", train=True, shape=GREY)
+        assert split.provenance == helpers.Provenance("FashionMNIST", "official", False)
+        assert split.classes[0] == "T-shirt/top"
+
+    def test_missing_data_gives_a_stand_in_that_says_so(self, data, capsys, monkeypatch):
+        monkeypatch.setitem(helpers.SIZES, "MNIST", (300, 100))
+        split = helpers.load("MNIST", train=True, shape=GREY)
+        assert split.provenance == helpers.Provenance("MNIST", "stand-in", False)
+        printed = capsys.readouterr().out
+        assert "NOT MNIST" in printed
+        assert "train-images-idx3-ubyte.gz" in printed  # what to put there by hand
+        assert "LAB_OFFLINE" in printed
+
+    @pytest.mark.parametrize(
+        "bad", [b"", b"\0\0\x08", b"\0\0\x08\x01\0\0\0\x09abc", b"\0\0\x0d\x01\0\0\0\x01a", b"<html>blocked</html>"]
+    )
+    def test_read_idx_refuses_what_is_none(self, bad):
+        with pytest.raises(helpers.LabError, match="no complete IDX file"):
+            helpers.read_idx(bad)
+
+
+class TestCifar:
+    def test_archive_is_unpacked_and_read(self, cifar, data):
+        name, table, archive = cifar
+        (data / table.filename).write_bytes(archive)
+        split = helpers.load(name, train=True, shape=COLOR)
+        assert split.images.shape == (200 * len(table.train_list), 3, 32, 32)
+        assert split.provenance == helpers.Provenance(name, "official", True)
+        assert split.classes[3] == "class 3"
+        if name == "CIFAR100":
+            assert torch.equal(split.coarse, torch.arange(100) % 20)
+            assert len(split.coarse_classes) == 20
+        (data / table.filename).unlink()
+        again = helpers.load(name, train=True, shape=COLOR)  # now from the folder
+        assert torch.equal(again.images, split.images)
+        assert torch.equal(again.labels, split.labels)
+
+    def test_altered_pickle_is_never_opened(self, cifar, data, tmp_path):
+        name, table, archive = cifar
+        (data / table.filename).write_bytes(archive)
+        helpers.load(name, train=True, shape=COLOR)
+        (data / table.filename).unlink()
+        witness = tmp_path / "it-ran"
+
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(witness),)
+
+        path = data / table.base_folder / table.train_list[0][0]
+        path.write_bytes(pickle.dumps(Evil()))
+        with pytest.raises(helpers.LabError, match=path.name):
+            helpers.load(name, train=True, shape=COLOR)
+        assert not witness.exists()
+
+    def test_wrong_archive_is_refused_by_name(self, cifar, data):
+        name, table, archive = cifar
+        (data / table.filename).write_bytes(archive[:-7])
+        with pytest.raises(helpers.LabError, match=table.filename):
+            helpers.load(name, train=True, shape=COLOR)
+
+    def test_belongs_to_its_notebook(self):
+        with pytest.raises(helpers.LabError, match=r"CIFAR\.ipynb"):
+            helpers.load("CIFAR10", train=True, shape=GREY)
+
+
+class TestStandIn:
+    @pytest.mark.parametrize(
+        ("name", "shape"), [("MNIST", GREY), ("FashionMNIST", GREY), ("CIFAR10", COLOR), ("CIFAR100", COLOR)]
+    )
+    def test_shapes_classes_and_repeatability(self, name, shape):
+        split = helpers.load(name, train=True, shape=shape)
+        assert split.images.shape[1:] == shape
+        assert split.images.dtype == torch.uint8
+        assert split.labels.unique().numel() == len(split.classes) == (100 if name == "CIFAR100" else 10)
+        assert torch.equal(split.images, helpers.load(name, train=True, shape=shape).images)
+        assert not torch.equal(split.images[:500], helpers.load(name, train=False, shape=shape).images)
+        assert "STAND-IN" in str(split)
+
+    def test_is_learnable(self):
+        train, test = (helpers.stand_in("CIFAR10", part, COLOR, 1000) for part in (True, False))
+        centres = torch.stack([train.images[train.labels == k].float().mean(dim=0).flatten() for k in range(10)])
+        nearest = torch.cdist(test.images.flatten(1).float(), centres).argmin(dim=1)
+        assert (nearest == test.labels).float().mean() > 0.4
+
+
+@pytest.fixture
+def image_folder(tmp_path, monkeypatch):
+    """An image folder with two classes, one of a non-ASCII name; returns its path."""
+    monkeypatch.setenv("LAB_FAST", "0")
+    monkeypatch.setenv("LAB_DATA", str(tmp_path / "data"))
+    random = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "狗"):
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            for number in range(3):
+                pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pets" / part / name / f"{number}.png")
+    return tmp_path / "pets"
+
+
+class TestImageFolder:
+    def test_reads_and_caches(self, image_folder, monkeypatch):
+        split = helpers.load(str(image_folder), train=True, shape=COLOR)
+        assert split.images.shape == (6, 3, 32, 32)
+        assert split.classes == ("cat", "狗")
+        assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert split.provenance == helpers.Provenance("pets", "image-folder", False)
+        expected = np.asarray(Image.open(image_folder / "train" / "cat" / "0.png"))
+        assert np.array_equal(split.images[0].permute(1, 2, 0).numpy(), expected)
+        monkeypatch.setattr(helpers, "read_image", None)  # the second start decodes nothing
+        assert torch.equal(helpers.load(str(image_folder), train=True, shape=COLOR).images, split.images)
+
+    def test_changed_image_is_read_again(self, image_folder):
+        helpers.load(str(image_folder), train=True, shape=COLOR)
+        Image.new("RGB", (32, 32), "red").save(image_folder / "train" / "cat" / "0.png")
+        assert helpers.load(str(image_folder), train=True, shape=COLOR).images[0, 0].min() == 255
+
+    def test_other_sizes_and_modes_are_converted(self, image_folder):
+        Image.new("RGBA", (50, 40), "blue").save(image_folder / "train" / "cat" / "0.png")
+        assert helpers.load(str(image_folder), train=True, shape=COLOR).images.shape == (6, 3, 32, 32)
+        assert helpers.load(str(image_folder), train=False, shape=GREY).images.shape == (6, 1, 28, 28)
+
+    def test_unreadable_image_is_named(self, image_folder):
+        (image_folder / "train" / "cat" / "1.png").write_bytes(b"no image")
+        with pytest.raises(helpers.LabError, match=r"1\.png"):
+            helpers.load(str(image_folder), train=True, shape=COLOR)
+
+    def test_class_missing_in_one_part_is_named(self, image_folder):
+        (image_folder / "test" / "狗").rename(image_folder / "test" / "bird")
+        with pytest.raises(helpers.LabError, match="bird, 狗"):
+            helpers.load(str(image_folder), train=True, shape=COLOR)
+
+    def test_empty_class_is_named(self, image_folder):
+        (image_folder / "train" / "empty").mkdir()
+        with pytest.raises(helpers.LabError, match="empty"):
+            helpers.load(str(image_folder), train=True, shape=COLOR)
+
+    def test_no_such_folder(self):
+        with pytest.raises(helpers.LabError, match=r"nowhere.*MNIST"):
+            helpers.load("nowhere", train=True, shape=COLOR)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `good` under /good/ and misbehaves under other folders."""
+
+    good = b""
+    requests: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        _, fault, _ = self.path.split("/")
+        self.requests.append(fault)
+        body = {"html": b"<html>please log in</html>", "altered": self.good[:-1] + b"?"}.get(fault, self.good)
+        if fault == "missing":
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if fault == "truncated" else body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(cifar, data, monkeypatch):
+    """A local server with the small CIFAR archive; returns (dataset, table, address)."""
+    name, table, archive = cifar
+    monkeypatch.setenv("LAB_OFFLINE", "0")
+    monkeypatch.setitem(helpers.MIRRORS, name, ())
+    Server.good, Server.requests = archive, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield name, table, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+class TestDownload:
+    def test_bad_mirrors_are_passed_over(self, server, data, monkeypatch):
+        name, _table, address = server
+        faults = ("missing", "html", "altered", "truncated", "good")
+        monkeypatch.setenv("LAB_MIRRORS", " ".join(["http://127.0.0.1:9/", *(f"{address}/{f}/" for f in faults)]))
+        split = helpers.load(name, train=True, shape=COLOR)
+        assert split.provenance == helpers.Provenance(name, "official", True)
+        assert Server.requests == list(faults)
+        helpers.load(name, train=False, shape=COLOR)
+        assert Server.requests == list(faults)  # nothing is downloaded twice
+
+    def test_nothing_serves(self, server, data, monkeypatch):
+        name, table, address = server
+        monkeypatch.setenv("LAB_MIRRORS", f"{address}/missing,{address}/html/")
+        with pytest.raises(helpers.DataUnavailable) as caught:
+            helpers.download(name, table.filename, table.tgz_md5, data)
+        for part in (f"{address}/missing/{table.filename}", "404", f"{address}/html/", table.tgz_md5, str(data)):
+            assert part in str(caught.value)
+        assert not (data / table.filename).exists()
+        assert not [path for path in data.iterdir() if not path.name.endswith(".lock")]
+
+    def test_eight_at_once_download_once(self, server, data, monkeypatch):
+        name, table, address = server
+        monkeypatch.setenv("LAB_MIRRORS", f"{address}/good/")
+        threads = [
+            threading.Thread(target=helpers.download, args=(name, table.filename, table.tgz_md5, data))
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        assert Server.requests == ["good"]
+        assert helpers.md5(data / table.filename) == table.tgz_md5
+
+
+class TestHoldOut:
+    def test_parts_are_disjoint_and_complete(self):
+        split = helpers.load("MNIST", train=True, shape=GREY)
+        train, validation = helpers.hold_out(split, 300, seed=1)
+        assert (len(train), len(validation)) == (len(split) - 300, 300)
+        together = torch.cat([train.images, validation.images]).flatten(1)
+        assert torch.equal(together.sum(dim=1).sort()[0], split.images.flatten(1).sum(dim=1).sort()[0])
+        assert torch.equal(helpers.hold_out(split, 300, seed=1)[1].images, validation.images)
+        assert not torch.equal(helpers.hold_out(split, 300, seed=2)[1].images, validation.images)
+
+    def test_nothing_held_out(self):
+        split = helpers.load("MNIST", train=True, shape=GREY)
+        train, validation = helpers.hold_out(split, 0, seed=1)
+        assert (len(train), len(validation)) == (len(split), 0)
+
+    @pytest.mark.parametrize("count", [-1, 2000])
+    def test_absurd_count_is_refused_by_name(self, count):
+        with pytest.raises(helpers.LabError, match="LAB_VALIDATION"):
+            helpers.hold_out(helpers.load("MNIST", train=True, shape=GREY), count, seed=1)
