@@ -37,6 +37,9 @@ HERE = Path(__file__).resolve().parent
 class LabError(Exception):
     """A mistake in the input: says what is wrong, where, and what to do."""
 
+    def _render_traceback_(self):  # IPython shows these lines and no stack: the mistake is not in the code
+        return [f"{type(self).__name__}: {self}"]
+
 
 class DataUnavailable(LabError):
     """The dataset is neither on disk nor to be had from a mirror; a stand-in may take its place."""
@@ -126,7 +129,7 @@ def environment() -> dict:
         facts["torchvision"] = "not installed"
     except Exception as error:  # a wheel that does not fit torch fails in C++, with any kind of exception
         facts["torchvision"] = f"does not import: {error}"
-    facts |= {"driver": None, "driver_gpus": [], "device": platform.processor() or platform.machine()}
+    facts |= {"driver": None, "driver_gpus": []}
     with contextlib.suppress(Exception):  # no driver, no permission, no NVML: then there is nothing to report
         import pynvml
 
@@ -136,10 +139,11 @@ def environment() -> dict:
             pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())
         ]
     device = pick_device()
-    facts |= {"device_type": device.type, "cores": torch.get_num_threads(), "capability": None, "arch_list": []}
+    facts |= {"device_type": device.type, "device": device_name(device)}
+    facts |= {"capability": None, "arch_list": []}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts |= {"device": properties.name, "capability": (properties.major, properties.minor)}
+        facts |= {"capability": (properties.major, properties.minor)}
         facts |= {"arch_list": torch.cuda.get_arch_list(), "memory_gib": properties.total_memory / 2**30}
     else:
         import psutil
@@ -148,56 +152,47 @@ def environment() -> dict:
     return facts
 
 
-def diagnose(facts: dict) -> list[tuple[str, str]]:
-    """Return (problem, command that mends it) for what is wrong in `facts`, as `environment` gives them."""
+def diagnose(facts: dict) -> list[tuple[str, str, bool]]:
+    """Return what is wrong in `facts`, as `environment` gives them: (problem, command that mends it, fatal)."""
     install = "python -m pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
-    build = "cu" + facts["cuda_build"].replace(".", "") if facts["cuda_build"] else "cpu"
+    torch_name = f"torch {facts['torch']}"
     problems = []
-    if facts["torchvision"] == "not installed" or "does not import" in facts["torchvision"]:
-        reason = f"torchvision {facts['torchvision']} (torch is {facts['torch']}, a {build} build)"
-        problems.append((reason, install + build))
+    if facts["torchvision"].startswith("not installed") or "does not import" in facts["torchvision"]:
+        build = "cu" + facts["cuda_build"].replace(".", "") if facts["cuda_build"] else "cpu"
+        problems.append((f"torchvision, beside {torch_name}: {facts['torchvision']}", install + build, True))
     if facts["driver_gpus"] and facts["device_type"] == "cpu":
-        seen = (
-            f"the driver ({facts['driver']}) sees {facts['driver_gpus'][0]}, but torch {facts['torch']} cannot use it"
-        )
+        unused = f"{torch_name} does not use {facts['driver_gpus'][0]} (driver {facts['driver']}): "
         if facts["cuda_build"] is None:
-            problems.append((seen + ": it is a CPU build", install + "cu126"))
-        elif float(facts["driver"].split(".")[0]) < (580 if facts["cuda_build"] >= "13" else 525):
-            problems.append((seen + f": the driver is too old for CUDA {facts['cuda_build']}", install + "cu126"))
+            problems.append((unused + "it is a CPU build", install + "cu126", False))
+        elif int(facts["driver"].split(".")[0]) < (580 if facts["cuda_build"] >= "13" else 525):
+            problems.append((unused + f"too old a driver for CUDA {facts['cuda_build']}", install + "cu126", False))
         else:
-            problems.append((seen + ": is CUDA_VISIBLE_DEVICES empty?", "unset CUDA_VISIBLE_DEVICES"))
+            problems.append((unused + "is CUDA_VISIBLE_DEVICES empty?", "unset CUDA_VISIBLE_DEVICES", False))
     if facts["capability"]:
+        # A kernel for the same major and no larger minor capability runs, and PTX for any no larger one.
         major, minor = facts["capability"]
-        # A kernel of the same major capability and a smaller minor one runs; so does PTX of any smaller one.
-        kernels = [int(a.split("_")[1].rstrip("af")) for a in facts["arch_list"] if a.startswith("sm_")]
-        ptx = [int(a.split("_")[1].rstrip("af")) for a in facts["arch_list"] if a.startswith("compute_")]
-        here = 10 * major + minor
-        if not any(k // 10 == major and k <= here for k in kernels) and not any(p <= here for p in ptx):
-            wheel = "cu126" if major < 10 else "cu130"
-            problems.append(
-                (
-                    f"torch {facts['torch']} has no kernels for {facts['device']} (capability {major}.{minor})",
-                    install + wheel,
-                )
-            )
+        built = [(kind, int(number.rstrip("af"))) for kind, number in (a.split("_") for a in facts["arch_list"])]
+        if not any(n <= 10 * major + minor and (kind == "compute" or n // 10 == major) for kind, n in built):
+            problem = f"{torch_name} has no kernels for {facts['device']} (capability {major}.{minor})"
+            problems.append((problem, install + ("cu126" if major < 10 else "cu130"), True))
     return problems
 
 
 def check_environment() -> None:
-    """Print what this lab runs on; where something is wrong, the exact line that mends it. Raises LabError then."""
+    """Print what this lab runs on, and for what is wrong the exact line that mends it. Raises LabError if fatal."""
     facts = environment()
     gpu = f"driver {facts['driver']}, capability {facts['capability']}" if facts["capability"] else "no CUDA device"
-    rows = {
-        "Python": facts["python"],
-        "torch / torchvision": f"{facts['torch']} / {facts['torchvision']}",
-        "CUDA build": facts["cuda_build"] or "none",
-        "device": f"{facts['device_type']}: {facts['device']} ({facts['cores']} CPU threads, {gpu})",
-        "memory": f"{facts['memory_gib']:.1f} GiB",
-    }
-    print("\n".join(f"{name:<20} {value}" for name, value in rows.items()))
+    print(f"Python               {facts['python']}")
+    print(f"torch / torchvision  {facts['torch']} / {facts['torchvision']}")
+    print(f"CUDA build           {facts['cuda_build'] or 'none'}")
+    print(f"device               {facts['device_type']}: {facts['device']} ({gpu})")
+    print(f"memory               {facts['memory_gib']:.1f} GiB")
     problems = diagnose(facts)
+    text = "\n".join(f"{problem}.\n  To mend it:  {mend}" for problem, mend, _ in problems)
+    if any(fatal for _, _, fatal in problems):
+        raise LabError(text)
     if problems:
-        raise LabError("\n".join(f"{problem}.\n  To mend it:  {mend}" for problem, mend in problems))
+        print(f"SLOWER THAN IT COULD BE\n{text}")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -218,11 +213,23 @@ def pick_device(name: str = "auto") -> torch.device:
         ) from None
 
 
+def device_name(device: torch.device) -> str:
+    """The card's or the processor's name, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    with contextlib.suppress(OSError, IndexError):
+        model = Path("/proc/cpuinfo").read_text().split("model name")[1].splitlines()[0].strip(" :\t")
+        return f"{model}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
 def pick_precision(device: torch.device, name: str = "auto") -> str:
     """Return "bf16", "fp16" or "fp32" for the training step on `device`.
 
     CUDA: bf16 from capability 8.0 (older cards only emulate it), fp16 with a gradient scaler on 7.x, fp32 below.
-    CPU: bf16 where the hardware multiplies it and a convolution measures faster with it. Elsewhere fp32.
+    CPU: bf16 where the hardware multiplies it and a convolution block measures clearly faster. Elsewhere fp32.
     """
     if name != "auto":
         if name not in ("fp32", "bf16", "fp16"):
@@ -232,8 +239,9 @@ def pick_precision(device: torch.device, name: str = "auto") -> str:
         major, _ = torch.cuda.get_device_capability(device)
         return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_tile")):
-        return min(("fp32", "bf16"), key=_convolution_seconds)
+    if device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        # A clear gain only: noise must not make the precision differ from run to run.
+        return "bf16" if _block_seconds("bf16") < 0.8 * _block_seconds("fp32") else "fp32"
     return "fp32"
 
 
@@ -243,14 +251,14 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
 
-def _convolution_seconds(precision: str) -> float:
-    layer = nn.Conv2d(64, 64, kernel_size=3, padding=1).to(memory_format=torch.channels_last)
-    images = torch.ones(64, 64, 16, 16).to(memory_format=torch.channels_last)
+def _block_seconds(precision: str) -> float:
+    layers = nn.Sequential(nn.Conv2d(64, 64, kernel_size=3, padding=1), nn.BatchNorm2d(64), nn.GELU())
+    layers, images = (m.to(memory_format=torch.channels_last) for m in (layers, torch.ones(64, 64, 16, 16)))
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
         with autocast(torch.device("cpu"), precision):
-            layer(images).sum().backward()
+            layers(images).float().sum().backward()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
 
@@ -758,19 +766,6 @@ def new_run(lab: str, tag: str, settings: dict, device: torch.device) -> Path:
     return run
 
 
-def device_name(device: torch.device) -> str:
-    """A name for people: the card's, or the CPU's with its thread count."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"CPU: {line.split(':')[1].strip()}, {torch.get_num_threads()} threads"
-    return f"CPU: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def gpu_utilization(device: torch.device) -> dict:
     """The two utilisation entries of metrics.json."""
     reason = "not sampled" if device.type == "cuda" else f"no NVIDIA GPU in use (device: {device.type})"
@@ -891,17 +886,18 @@ def show(canvas, provenance: Provenance) -> None:
 def show_images(images: torch.Tensor, titles: list[str], provenance: Provenance, columns: int = 10) -> None:
     """Show uint8 images [N, C, H, W] in a grid, each under its title."""
     rows = max(1, math.ceil(len(images) / columns))  # no image is an empty figure
-    canvas, axes = figure(rows, columns, size=(columns * 0.95, rows * 1.25), squeeze=False)
+    lines = 1 + max((title.count("\n") for title in titles), default=0)
+    canvas, axes = figure(rows, columns, size=(columns * 0.95, rows * (1 + 0.17 * lines)), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images.cpu(), titles, strict=False):
-        axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title, fontsize=9)
     show(canvas, provenance)
 
 
 def show_curves(history: list[dict], provenance: Provenance) -> None:
-    """Show loss and accuracy over the epochs, training against validation, each line labelled at its end.
+    """Show loss and accuracy over the epochs, training against validation.
 
     `history` has a dict for each epoch: train_loss, train_accuracy, validation_loss, validation_accuracy.
     """
@@ -939,12 +935,16 @@ def show_confusion(matrix: torch.Tensor, classes: tuple[str, ...], provenance: P
 
 
 def trace_shapes(model: nn.Module, images: torch.Tensor) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
-    """Run the model once; return (name, module, output shape without the batch) of its direct children, as called.
+    """Run the model once; return (name, module, output shape without the batch) of its stages, in the order of calls.
 
-    Left out is what has no parameters and keeps the shape, such as an activation.
+    Stages are the direct children, and those of a Sequential among them. Left out is what has no parameters and keeps
+    the shape, such as an activation.
     """
-    calls, hooks = [], []
-    for name, module in model.named_children():
+    calls, hooks, stages = [], [], []
+    for name, child in model.named_children():
+        inner = child.named_children() if isinstance(child, nn.Sequential) else ()
+        stages += [(f"{name}.{number}", module) for number, module in inner] or [(name, child)]
+    for name, module in stages:
         hooks.append(
             module.register_forward_hook(lambda m, _, out, name=name: calls.append((name, m, tuple(out.shape[1:]))))
         )
@@ -965,25 +965,25 @@ def draw_model(model: nn.Module, images: torch.Tensor, provenance: Provenance) -
     from matplotlib.patches import Rectangle
 
     stages = [("input", None, tuple(images.shape[1:])), *trace_shapes(model, images)]
-    canvas, axis = figure(size=(max(8, 1.25 * len(stages)), 3.4))
+    canvas, axis = figure(size=(1.25 * len(stages), 2.9))
     axis.axis("off")
-    axis.set(xlim=(-0.6, len(stages) - 0.4), ylim=(-1.15, 1.2))
+    axis.set(xlim=(-0.6, len(stages) - 0.4), ylim=(-1.1, 1.2), aspect="equal")
     largest = max(shape[-1] for _, _, shape in stages if len(shape) == 3)
     for x, (name, module, shape) in enumerate(stages):
         color = COLORS[4] if module is None else COLORS[5] if len(shape) == 3 else COLORS[2]
         if len(shape) == 3:  # feature maps: a stack of squares
-            side, sheets = 0.15 + 0.5 * shape[1] / largest, min(shape[0], 6)
+            side, sheets = 0.15 + 0.55 * shape[1] / largest, min(shape[0], 6)
             for sheet in range(sheets):
-                corner = (x - side / 2 + 0.03 * sheet, -side * 0.75 + 0.05 * sheet)
-                axis.add_patch(Rectangle(corner, side, 1.5 * side, facecolor=color, edgecolor="white", linewidth=0.8))
+                corner = (x - side / 2 + 0.03 * sheet, -side / 2 + 0.03 * sheet)
+                axis.add_patch(Rectangle(corner, side, side, facecolor=color, edgecolor="white", linewidth=0.8))
         else:  # a vector: a bar
             height = 0.25 + 0.3 * math.log10(shape[0])
             axis.add_patch(Rectangle((x - 0.06, -height / 2), 0.12, height, facecolor=color))
         count = sum(p.numel() for p in module.parameters()) if module else 0
         kind = "" if module is None else type(module).__name__.replace("2d", "")
-        axis.text(x, 0.82, f"{name}\n{kind}", ha="center", va="bottom", fontsize=10)
-        axis.text(x, -0.72, " × ".join(map(str, shape)), ha="center", va="top", fontsize=9)
-        axis.text(x, -0.92, f"{count:,}" if count else "", ha="center", va="top", fontsize=9, color=COLORS[0])
+        axis.text(x, 0.65, f"{name}\n{kind}", ha="center", va="bottom", fontsize=10)
+        axis.text(x, -0.55, " × ".join(map(str, shape)), ha="center", va="top", fontsize=9)
+        axis.text(x, -0.75, f"{count:,}" if count else "", ha="center", va="top", fontsize=9, color=COLORS[0])
     total = sum(p.numel() for p in model.parameters())
-    axis.text(-0.5, -1.15, f"shape of each stage's output; in blue its parameters, {total:,} in all", fontsize=9)
+    axis.text(-0.5, -1.08, f"shape of each stage's output; in blue its parameters, {total:,} in all", fontsize=9)
     show(canvas, provenance)
