@@ -1,6 +1,8 @@
 """Read the notebooks as data, and run the definitions on their pages without running the pages."""
 
 import ast
+import contextlib
+import io
 import math
 from pathlib import Path
 
@@ -27,3 +29,12 @@ def definitions(name: str) -> dict:
     namespace = {"math": math, "__name__": name}
     exec(compile(ast.Module(nodes, type_ignores=[]), name, "exec"), namespace)
     return namespace
+
+
+def settings(name: str) -> dict:
+    """Execute the settings cell of a notebook; return its settings, the environment's overrides included."""
+    [cell] = [cell for cell in code_cells(name) if "override_settings(globals())" in cell.source]
+    namespace = definitions(name)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(cell.source, namespace)
+    return namespace["SETTINGS"]

@@ -18,7 +18,6 @@ HEALTHY = {
     "driver_gpus": ["NVIDIA A100-SXM4-40GB"],
     "device": "NVIDIA A100-SXM4-40GB",
     "device_type": "cuda",
-    "cores": 8,
     "capability": (8, 0),
     "arch_list": CU130,
     "memory_gib": 39.4,
@@ -27,20 +26,21 @@ NO_CUDA = {"device_type": "cpu", "capability": None, "arch_list": []}
 
 
 @pytest.mark.parametrize(
-    ("change", "problem", "mend"),
+    ("change", "problem", "mend", "fatal"),
     [
-        ({"capability": (7, 0), "device": "Tesla V100"}, "no kernels for Tesla V100", "cu126"),
-        ({"torchvision": "does not import: operator torchvision::nms does not exist"}, "nms", "cu130"),
-        ({"torchvision": "not installed"}, "not installed", "cu130"),
-        ({**NO_CUDA, "torch": "2.14.1+cpu", "cuda_build": None}, "CPU build", "cu126"),
-        ({**NO_CUDA, "driver": "535.183.01"}, "too old", "cu126"),
-        (NO_CUDA, "CUDA_VISIBLE_DEVICES", "unset"),
+        ({"capability": (7, 0), "device": "Tesla V100"}, "no kernels for Tesla V100", "cu126", True),
+        ({"torchvision": "does not import: operator torchvision::nms does not exist"}, "nms", "cu130", True),
+        ({"torchvision": "not installed"}, "not installed", "cu130", True),
+        ({**NO_CUDA, "torch": "2.14.1+cpu", "cuda_build": None}, "CPU build", "cu126", False),
+        ({**NO_CUDA, "driver": "535.183.01"}, "too old", "cu126", False),
+        (NO_CUDA, "CUDA_VISIBLE_DEVICES", "unset", False),
     ],
 )
-def test_each_problem_comes_with_the_line_that_mends_it(change, problem, mend):
-    [(found, command)] = helpers.diagnose(HEALTHY | change)
+def test_each_problem_comes_with_the_line_that_mends_it(change, problem, mend, fatal):
+    [(found, command, stops)] = helpers.diagnose(HEALTHY | change)
     assert problem in found
     assert mend in command
+    assert stops == fatal
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,12 @@ def test_check_stops_with_the_mending_line(monkeypatch):
         helpers.check_environment()
 
 
+def test_check_goes_on_where_training_can(monkeypatch, capsys):
+    monkeypatch.setattr(helpers, "environment", lambda: HEALTHY | NO_CUDA)
+    helpers.check_environment()
+    assert "unset CUDA_VISIBLE_DEVICES" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("capability", "precision"),
     [((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16"), ((12, 0), "bf16"), ((6, 1), "fp32")],
@@ -85,13 +91,13 @@ def test_precision_by_capability(monkeypatch, capability, precision):
 @pytest.mark.parametrize(("faster", "expected"), [("bf16", "bf16"), ("fp32", "fp32")])
 def test_cpu_precision_is_measured(monkeypatch, faster, expected):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    monkeypatch.setattr(helpers, "_convolution_seconds", lambda precision: 1.0 if precision == faster else 2.0)
+    monkeypatch.setattr(helpers, "_block_seconds", lambda precision: 1.0 if precision == faster else 2.0)
     assert helpers.pick_precision(torch.device("cpu")) == expected
 
 
 def test_cpu_without_bf16_hardware_is_not_measured(monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True}, raising=False)
-    monkeypatch.setattr(helpers, "_convolution_seconds", None)
+    monkeypatch.setattr(helpers, "_block_seconds", None)
     assert helpers.pick_precision(torch.device("cpu")) == "fp32"
 
 
