@@ -205,7 +205,9 @@ def mnist(arguments) -> None:
         seconds = statistics.mean(s for s, _ in results)
         accuracies = [a for _, a in results]
         reached = f"{sum(a >= 0.99 for a in accuracies)} of {len(results)}"
-        lines.append([name, seconds, f"{statistics.mean(accuracies):.2%}", reached, f"{slowest / seconds:.1f} ×"])
+        everywhere = all(a >= 0.99 for others in rows.values() for _, a in others)
+        speed_up = f"{slowest / seconds:.1f} ×" if everywhere else "none: 99.0 % not reached"
+        lines.append([name, seconds, f"{statistics.mean(accuracies):.2%}", reached, speed_up])
     header = ["recipe", "training, s", "test accuracy", "reached 99.0 %", "speed-up"]
     table(f"To 99.0 % on {train.provenance}, mean of {arguments.seeds} seeds", header, lines)
 
@@ -218,7 +220,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is shown")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=14, help="at most, of the classic recipe")
-    parser.add_argument("--page-epochs", type=int, default=2, help="of the page's recipe, fixed in advance")
+    parser.add_argument("--page-epochs", type=int, default=4, help="of the page's recipe, fixed in advance")
     arguments = parser.parse_args()
     globals()[arguments.benchmark](arguments)
 
