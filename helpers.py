@@ -616,9 +616,10 @@ def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
 class ResidentLoader:
     """Batches of a split that lives on the device: augmented, normalised, ready for the model.
 
-    The uint8 images move to `device` once. Each pass draws one order, one offset and one flip per image from
-    (`seed`, `epoch`) alone, so the same seed gives the same batches on any device and for any `world_size`; with
-    several ranks each takes its share of every global batch. Yields (images [B, C, H, W] float32, labels [B] int64).
+    The uint8 images move to `device` once, with their reflected border. Each pass draws one order, one offset and one
+    flip per image from (`seed`, `epoch`) alone, so the same seed gives the same batches on any device and for any
+    `world_size`; with several ranks each takes its share of every global batch. Inside an augmented batch images of
+    equal flip and offset stand together. Yields (images [B, C, H, W] float32, labels [B] int64).
 
     Args:
         split: what to read.
@@ -627,7 +628,10 @@ class ResidentLoader:
         mean, std: of the training images, per channel, in units of the pixel range [0, 1].
         shuffle: a new order each epoch; otherwise the split's own order.
         flip: mirror half of the images left to right.
+        alternate: mirror in every second epoch just those that were not in the one before, instead of drawing anew
+            (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024, section 3.6).
         translate: shift each image by up to this many pixels in both directions, reflecting at the border.
+        cutout: side in pixels of a square that is set to the mean, anywhere in the image (DeVries and Taylor, 2017).
         seed, rank, world_size: see above.
     """
 
@@ -641,56 +645,100 @@ class ResidentLoader:
         *,
         shuffle: bool = False,
         flip: bool = False,
+        alternate: bool = False,
         translate: int = 0,
+        cutout: int = 0,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         memory_format: torch.memory_format = torch.contiguous_format,
     ):
+        count, channels, height, width = self.shape = split.images.shape
         if batch_size < 1:
             raise LabError(f"LAB_BATCH_SIZE={batch_size}: must be at least 1.")
-        self.images, self.labels = split.images.to(device), split.labels.to(device)
-        self.shape, self.batch_size, self.device, self.memory_format = (
-            split.images.shape,
-            batch_size,
-            device,
-            memory_format,
-        )
-        self.shuffle, self.flip, self.translate = shuffle, flip, translate
+        if not 0 <= translate < min(height, width):
+            raise LabError(f"LAB_TRANSLATE={translate}: must be from 0 to {min(height, width) - 1} pixels.")
+        self.labels, self.batch_size, self.device = split.labels.to(device), batch_size, device
+        self.shuffle, self.flip, self.alternate, self.cutout = shuffle, flip, alternate, cutout
+        self.reach, self.memory_format = 2 * translate + 1, memory_format
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0  # of the next pass; set it to resume
-        self.scale = (1 / (255 * std)).to(device).view(1, -1, 1, 1)
-        self.shift = (-mean / std).to(device).view(1, -1, 1, 1)
-        if translate and len(split):
-            self.images = torch.cat(  # F.pad of all images as floats would need 4 times their memory
-                [F.pad(part.float(), (translate,) * 4, "reflect").to(torch.uint8) for part in self.images.split(5_000)]
-            )
+        # One scale for each place of a row, since broadcasting over channels last is slow on a CPU.
+        scale, shift = ((m.view(1, -1, 1, 1).expand(1, channels, 1, width)) for m in (1 / (255 * std), -mean / std))
+        self.scale, self.shift = (m.to(device).contiguous(memory_format=memory_format) for m in (scale, shift))
+
+        # Stored row by row, the channels inside a row, so that a shift up or down is one contiguous piece of memory,
+        # read in words of up to 8 bytes; only a shift to the side has to touch single pixels.
+        last = memory_format == torch.channels_last
+        to_rows, self.to_images = ((0, 2, 3, 1), (0, 3, 1, 2)) if last else ((0, 2, 1, 3), (0, 2, 1, 3))
+        tall, wide = height + 2 * translate, width + 2 * translate
+        inner = (wide, channels) if last else (channels, wide)
+        rows = torch.empty((count, tall, *inner), dtype=torch.uint8, device=device)
+        for part, images in zip(rows.split(5_000), split.images.split(5_000), strict=True):
+            images = images.to(device)
+            if translate:
+                images = F.pad(images.float(), (translate,) * 4, "reflect")  # pads no integers
+            part.copy_(images.permute(to_rows))
+        word = next(
+            d for d in (torch.int64, torch.int32, torch.int16, torch.uint8) if channels * wide % d.itemsize == 0
+        )
+        words = rows.view(count * tall, channels * wide).view(word)
+        starts = max(0, len(words) - height + 1)
+        self.pieces = words.as_strided((starts, height * words.shape[1]), (words.shape[1], 1))
+        self.tall, self.piece_shape = tall, (height, *inner)
 
     def __len__(self):
         return math.ceil(self.shape[0] / self.batch_size)
 
     def __iter__(self):
-        count, reach = self.shape[0], 2 * self.translate + 1
+        count, reach = self.shape[0], self.reach
         random = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(count, generator=random) if self.shuffle else torch.arange(count)
-        flips = torch.rand(count, generator=random) < (0.5 if self.flip else 0)
-        offsets = torch.randint(0, reach, (2, count), generator=random)
-        order, flips, offsets = (t.to(self.device, non_blocking=True) for t in (order, flips, offsets))
+        down, right = torch.randint(0, reach, (2, count), generator=random)
+        if self.alternate:
+            random.manual_seed(self.seed)  # the same draw in each epoch, turned round in every second one
+        flips = torch.rand(count, generator=random) < 0.5
+        flips = (flips ^ bool(self.alternate and self.epoch % 2)) & self.flip
+        holes = [torch.randint(0, side, (count,), generator=random) for side in self.shape[2:]]
         self.epoch += 1
-        for start in range(0, count, self.batch_size):
-            mine = slice(start + self.rank, min(start + self.batch_size, count), self.world_size)
-            yield self._batch(order[mine], flips[mine], offsets[:, mine]), self.labels[order[mine]]
 
-    def _batch(self, index, flips, offsets):
-        if self.translate:
-            _, _, height, width = self.shape
-            windows = self.images.unfold(2, height, 1).unfold(3, width, 1)  # a view: [N, C, dy, dx, H, W]
-            images = windows[index, :, offsets[0], offsets[1]]
-        else:
-            images = self.images[index]
+        # Sorted by batch, flip and offset, all images of a batch with equal treatment are one slice. The sizes of the
+        # slices are known here, on the CPU, so no batch waits for the device.
+        place = torch.arange(count)
+        key = (place // self.batch_size * 2 + flips) * reach + right
+        mine = place[place % self.batch_size % self.world_size == self.rank]
+        mine = mine[key[mine].argsort(stable=True)]
+        sizes = torch.bincount(key[mine], minlength=len(self) * 2 * reach).view(-1, 2 * reach)
+        index, down, *holes = (t[mine].to(self.device, non_blocking=True) for t in (order, down, *holes))
+        end = 0
+        for groups in sizes.tolist():
+            batch = slice(end, end := end + sum(groups))
+            images = self._batch(index[batch] * self.tall + down[batch], groups)
+            if self.cutout:
+                inside = []  # of the square: for each image its rows [B, H], its columns [B, W]
+                for side, hole in zip(self.shape[2:], holes, strict=True):
+                    place = torch.arange(side, device=self.device) - hole[batch, None] + self.cutout // 2
+                    inside.append((place >= 0) & (place < self.cutout))
+                images.masked_fill_(inside[0][:, None, :, None] & inside[1][:, None, None, :], 0)
+            yield images, self.labels[index[batch]]
+
+    def _batch(self, starts, sizes):
+        """Return the images whose first rows are `starts`, in groups of `sizes`: unflipped, flipped, each by offset."""
+        _, channels, height, width = self.shape
+        pieces = (
+            self.pieces.index_select(0, starts).view(torch.uint8).view(-1, *self.piece_shape).permute(self.to_images)
+        )
         if self.flip:
-            images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
-        return (images * self.scale + self.shift).contiguous(memory_format=self.memory_format)
+            flipped = pieces[sum(sizes[: self.reach]) :]
+            flipped.copy_(flipped.flip(-1))
+        images = torch.empty(
+            (len(starts), channels, height, width), device=self.device, memory_format=self.memory_format
+        )
+        end = 0
+        for number, size in enumerate(sizes):
+            begin, end, left = end, end + size, number % self.reach
+            images[begin:end] = pieces[begin:end, :, :, left : left + width]  # here bytes become floats
+        return images.mul_(self.scale).add_(self.shift)
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation

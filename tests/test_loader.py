@@ -77,19 +77,94 @@ def test_translate_is_a_crop_of_the_reflected_image():
     assert {tuple(image.flatten().tolist()) for image in images} == crops
 
 
+def make_noise(count=103, **options):
+    """A loader of `count` different random images, labelled by their number."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 8, 10), dtype=torch.uint8, generator=random)
+    split = helpers.Split(images, torch.arange(count), ("a",), helpers.Provenance("test", "stand-in", False))
+    options = {"batch_size": 10, "device": CPU, "mean": torch.zeros(3), "std": torch.ones(3)} | options
+    return images, helpers.ResidentLoader(split, **options)
+
+
+def by_label(images, labels):
+    order = labels.argsort()
+    return images[order], labels[order]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("translate", [0, 1, 2, 3])
+def test_each_image_is_its_own_crop_flipped_or_not(translate, memory_format):
+    originals, loader = make_noise(shuffle=True, flip=True, translate=translate, memory_format=memory_format)
+    padded = torch.nn.functional.pad(originals.float(), (translate,) * 4, "reflect")
+    seen = set()
+    for images, labels in loader:
+        for image, label in zip((images * 255).round(), labels.tolist(), strict=True):
+            places = [(y, x) for y in range(2 * translate + 1) for x in range(2 * translate + 1)]
+            crops = {(y, x): padded[label, :, y : y + 8, x : x + 10] for y, x in places}
+            found = [
+                (place, f) for place, c in crops.items() for f in (0, 1) if torch.equal(c.flip(-1) if f else c, image)
+            ]
+            assert len(found) == 1, label
+            seen.add(found[0])
+    assert len(seen) > translate * 5, "offsets and flips should differ from image to image"
+
+
+def test_alternate_shows_the_other_side_every_second_epoch():
+    originals, loader = make_noise(flip=True, alternate=True)
+    epochs = [by_label(torch.cat(x), torch.cat(y)) for x, y in (zip(*loader, strict=True) for _ in range(3))]
+    assert torch.equal(epochs[0][0], epochs[1][0].flip(-1))
+    assert torch.equal(epochs[0][0], epochs[2][0])
+    mirrored = ((epochs[0][0] * 255).round() != originals).flatten(start_dim=1).any(dim=1)
+    assert 25 < mirrored.sum() < 78
+
+
+def test_cutout_sets_one_square_to_the_mean():
+    _, loader = make_noise(shuffle=True, cutout=4, mean=torch.full((3,), 0.5))
+    _, whole = make_noise(shuffle=True, mean=torch.full((3,), 0.5))
+    areas = set()
+    for (images, labels), (originals, same) in zip(loader, whole, strict=True):
+        assert torch.equal(labels, same)
+        assert torch.equal(torch.where(images == 0, 0, originals), images)
+        for hole in (images == 0).all(dim=1):
+            rows, columns = hole.any(dim=1).sum().item(), hole.any(dim=0).sum().item()
+            assert hole.sum() == rows * columns > 0
+            areas.add((rows, columns))
+    assert max(rows for rows, _ in areas) == max(columns for _, columns in areas) == 4
+    assert len(areas) > 3, "holes at the border are cut off"
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_split_each_global_batch(world_size):
-    options = dict(shuffle=True, flip=True, translate=1, seed=3)
-    alone = list(make(**options))
-    ranks = [list(make(**options, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    options = dict(shuffle=True, flip=True, translate=1, cutout=3, seed=3)
+    alone = list(make_noise(**options)[1])
+    ranks = [list(make_noise(**options, rank=rank, world_size=world_size)[1]) for rank in range(world_size)]
     for step, (images, labels) in enumerate(alone):
         parts = [ranks[rank][step] for rank in range(world_size)]
-        assert sorted(torch.cat([part[1] for part in parts]).tolist()) == sorted(labels.tolist())
-        assert torch.equal(parts[0][0], images[::world_size])
+        together = by_label(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        assert all(map(torch.equal, together, by_label(images, labels)))
+        assert max(len(part[1]) for part in parts) - min(len(part[1]) for part in parts) <= 1
+
+
+def test_memory_is_at_most_twice_the_images():
+    big = helpers.Split(
+        torch.zeros((600, 3, 32, 32), dtype=torch.uint8), torch.zeros(600, dtype=torch.int64), ("a",), None
+    )
+    loader = helpers.ResidentLoader(big, 100, CPU, torch.zeros(3), torch.ones(3), flip=True, translate=4)
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in vars(loader).values()
+        if torch.is_tensor(t)
+    }
+    assert sum(storages.values()) < 2 * big.images.nbytes
 
 
 def test_empty_split():
     assert list(make(count=0, translate=2)) == []
+
+
+def test_absurd_shift_is_refused_by_name():
+    with pytest.raises(helpers.LabError, match="LAB_TRANSLATE=8"):
+        make(translate=8)
 
 
 def test_absurd_batch_size_is_refused_by_name():
