@@ -8,6 +8,7 @@ Importing this module reads no file, starts nothing and prints nothing.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import importlib.metadata
@@ -261,6 +262,49 @@ def _block_seconds(precision: str) -> float:
             layers(images).float().sum().backward()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all that was queued; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def reuse_memory() -> bool:
+    """Keep freed memory in this process; return whether that could be set (it can where the C library is glibc).
+
+    glibc returns each freed large block to the system, which hands out the next one page by page, each filled with
+    zeros on its first touch. On a CPU that is 143,000 page faults in one training step of CIFAR.ipynb. GPUs are not
+    affected: PyTorch keeps their memory itself. See mallopt(3) for M_MMAP_MAX and M_TRIM_THRESHOLD.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt, mmap_max, trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+
+
+def try_compile(model: nn.Module, examples: list[torch.Tensor], precision: str = "fp32") -> nn.Module:
+    """Return `torch.compile(model)`, compiled for training on batches like `examples`; `model` where that fails.
+
+    Compiling happens here, for each shape of the examples, not in the training's first steps. Parameters and buffers
+    are those of `model` and keep their values. A failure (no C++ compiler, no Triton) is one printed line.
+    """
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    training, fast = model.training, torch.compile(model, dynamic=False)
+    try:
+        fast.train()
+        for images in examples:
+            with autocast(images.device, precision):
+                loss = fast(images).float().square().mean()
+            loss.backward()
+    except Exception as error:  # whatever the compiler's tool chain raises
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        print(f"torch.compile fails here ({type(error).__name__}: {reason[:150]}): going on without it.")
+        fast = model
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(values)
+    model.train(training)
+    return fast
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -741,6 +785,58 @@ class ResidentLoader:
         return images.mul_(self.scale).add_(self.shift)
 
 
+class ClassicDataset(torch.utils.data.Dataset):
+    """A split one image at a time through PIL and torchvision's transforms: the path that most scripts take."""
+
+    def __init__(self, split: Split, mean: torch.Tensor, std: torch.Tensor, flip: bool = False, translate: int = 0):
+        from torchvision import transforms
+
+        self.pixels, self.labels = split.images.permute(0, 2, 3, 1).numpy(), split.labels.tolist()
+        steps = [transforms.RandomCrop(split.images.shape[2:], padding=translate)] * bool(translate)
+        steps += [transforms.RandomHorizontalFlip()] * flip
+        steps += [transforms.ToTensor(), transforms.Normalize(mean.tolist(), std.tolist())]
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.pixels[index].squeeze())), self.labels[index]
+
+
+def images_per_second(loader, device: torch.device, seconds: float = 1.0, step=None) -> float:
+    """Return the rate at which the loader brings images to `device`, over passes that last about `seconds` together.
+
+    With `step`, each batch also goes through `step(images, labels)`. Waits for the device at the end, not before.
+    """
+    start, count = None, 0
+    while True:
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            if step is not None:
+                step(images, labels)
+            if start is None:  # the first batch starts workers and warms caches: it is not counted
+                synchronize(device)
+                start = time.perf_counter()
+                continue
+            count += len(images)
+            if time.perf_counter() - start > seconds:
+                synchronize(device)
+                return count / (time.perf_counter() - start)
+
+
+def utilization(device: torch.device) -> str:
+    """The device's utilisation over the last moments as NVML gives it, or why there is none, for people."""
+    if device.type != "cuda":
+        return f"n/a (device: {device.type})"
+    try:
+        return f"{torch.cuda.utilization(device)} %"
+    except Exception as error:  # no NVML, no permission, a MIG slice
+        return f"n/a ({str(error).splitlines()[0]})"
+
+
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -979,6 +1075,55 @@ def show_confusion(matrix: torch.Tensor, classes: tuple[str, ...], provenance: P
         for row, column in np.argwhere(matrix):
             color = "white" if share[row, column] > 0.5 else "black"
             axis.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=color)
+    show(canvas, provenance)
+
+
+def profiler(device: torch.device):
+    """Return torch's profiler for `device`, without its messages on stderr. Mark phases with `record_function`."""
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=activities)
+
+
+def show_profile(profile, phases: list[str], steps: int, provenance: Provenance) -> None:
+    """Show where `steps` profiled steps spent their time: milliseconds a step in each phase, and in the 8 heaviest
+    operators. The phases are names given to `record_function`, each of which waited for the device at its end.
+    """
+    events = profile.key_averages()
+    seconds = {event.key: event.cpu_time_total / 1e6 for event in events if event.key in phases}
+    on_device = any(event.self_device_time_total for event in events)
+    operators = [  # an operator's own time, on the device where there is one
+        ((e.self_device_time_total if on_device else e.self_cpu_time_total) / 1e6, e.key)
+        for e in events
+        if e.key not in phases
+    ]
+    operators = sorted(operators, reverse=True)[:8]
+    canvas, axes = figure(1, 2, size=(10, 3.4), width_ratios=(1, 1.2))
+    bars = [
+        ([seconds.get(phase, 0) for phase in phases], phases, COLORS[0], "phase"),
+        (
+            [value for value, _ in operators],
+            [name.removeprefix("aten::")[:34] for _, name in operators],
+            COLORS[2],
+            "operator",
+        ),
+    ]
+    for axis, (values, names, color, kind) in zip(axes, bars, strict=True):
+        milliseconds = [1e3 * value / steps for value in values]
+        axis.barh(range(len(names)), milliseconds, color=color)
+        axis.set_yticks(range(len(names)), names, fontsize=10)
+        axis.invert_yaxis()
+        axis.set(xlabel="ms a step", title=f"by {kind}", xlim=(0, 1.25 * max(milliseconds, default=1)))
+        for place, value in enumerate(milliseconds):
+            axis.text(
+                value,
+                place,
+                f" {value:.1f} ({value / (1e3 * sum(seconds.values()) / steps):.0%})",
+                va="center",
+                fontsize=9,
+            )
     show(canvas, provenance)
 
 

@@ -1,21 +1,27 @@
-"""Ours beside the peer, in one run: `python tests/bench.py start|input|mnist [--seconds S] [--seeds N]`.
+"""Ours beside the peer, in one run: `python tests/bench.py start|input|mnist|cifar|growth [--seconds S] [--seeds N]`.
 
 start: import and data-ready times. input: images/s of the resident loader against the classic one, at CIFAR size.
 mnist: seconds of training to 99.0 % test accuracy, LeNet-5 of the page against the well-known two-convolution example.
+cifar: accuracy, FLOPs and seconds of the page's full recipe against the published one (LAB_DATASET names the data).
+growth: images/s and memory for 1, 2 and 4 times the data, and for once and twice the widths.
 The machines that this runs on are shared: read the ratios, not the seconds.
 """
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import helpers
@@ -67,57 +73,24 @@ def start(arguments) -> None:
 # ------------------------------------------------------------------------------------------------------------- input
 
 
-class ClassicDataset(torch.utils.data.Dataset):
-    """One image at a time through PIL, as torchvision's datasets do it."""
-
-    def __init__(self, images, labels, transform):
-        self.images, self.labels, self.transform = images.permute(0, 2, 3, 1).numpy(), labels.tolist(), transform
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.images[index].squeeze())), self.labels[index]
-
-
-def classic_transform(mean, std, size, translate):
-    """The transforms of countless CIFAR scripts."""
-    steps = [torchvision.transforms.RandomCrop(size, padding=translate), torchvision.transforms.RandomHorizontalFlip()]
-    steps += [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(mean.tolist(), std.tolist())]
-    return torchvision.transforms.Compose(steps)
-
-
-def rate(loader, seconds: float) -> float:
-    """Images/s over passes of the loader for about `seconds`, after one batch to warm up."""
-    next(iter(loader))
-    start_time, count = time.perf_counter(), 0
-    while True:
-        for images, _ in loader:
-            count += len(images)
-            elapsed = time.perf_counter() - start_time
-            if elapsed > seconds:
-                return count / elapsed
-
-
 def input(arguments) -> None:
     """Images/s of crop, flip and normalise at CIFAR size: the resident loader against the classic path."""
     split = helpers.stand_in("CIFAR10", True, (3, 32, 32), 50_000)
     mean = std = torch.full((3,), 0.5)
-    transform = classic_transform(mean, std, 32, 4)
+    classic, device = helpers.ClassicDataset(split, mean, std, flip=True, translate=4), helpers.pick_device()
     loaders = {
-        f"classic, {workers} workers": torch.utils.data.DataLoader(
-            ClassicDataset(split.images, split.labels, transform), batch_size=500, shuffle=True, num_workers=workers
-        )
+        f"classic, {workers} workers": torch.utils.data.DataLoader(classic, 500, shuffle=True, num_workers=workers)
         for workers in (0, 2)
     }
-    options = dict(batch_size=500, device=helpers.pick_device(), mean=mean, std=std, shuffle=True, flip=True)
+    options = dict(batch_size=500, device=device, mean=mean, std=std, shuffle=True, flip=True)
     loaders["resident"] = helpers.ResidentLoader(split, **options, translate=4)
     loaders["resident, channels last"] = helpers.ResidentLoader(
         split, **options, translate=4, memory_format=torch.channels_last
     )
-    rounds = [[rate(loader, arguments.seconds) for loader in loaders.values()] for _ in range(arguments.repeats)]
+    rounds = [
+        [helpers.images_per_second(loader, device, arguments.seconds) for loader in loaders.values()]
+        for _ in range(arguments.repeats)
+    ]
     rows = []
     for name, rates in zip(loaders, zip(*rounds, strict=True), strict=True):
         ratio = statistics.median(r / max(others[0], others[1]) for r, others in zip(rates, rounds, strict=True))
@@ -145,9 +118,7 @@ class ClassicNet(nn.Module):
 def train_classic(train, test, mean, std, seed, target, epochs):
     """Seconds of training until the test accuracy is `target`, and that accuracy: Adadelta, batch 64, PIL."""
     torch.manual_seed(seed)
-    steps = [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(mean.tolist(), std.tolist())]
-    data = ClassicDataset(train.images, train.labels, torchvision.transforms.Compose(steps))
-    loader = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True)
+    loader = torch.utils.data.DataLoader(helpers.ClassicDataset(train, mean, std), batch_size=64, shuffle=True)
     test_loader = helpers.ResidentLoader(test, 1000, CPU, mean, std)
     model, criterion, seconds = ClassicNet(), nn.CrossEntropyLoss(), 0.0
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
@@ -168,15 +139,13 @@ def train_classic(train, test, mean, std, seed, target, epochs):
     return seconds, accuracy
 
 
-def train_page(train, test, mean, std, seed, epochs):
+def train_page(train, test, mean, std, seed, epochs, **settings):
     """Seconds of training LeNet-5 as the page does, for `epochs` fixed in advance, and its test accuracy."""
-    page = notebooks.definitions("MNIST.ipynb") | {"__name__": "page"}
-    settings = notebooks.settings("MNIST.ipynb")
+    page, layout = notebooks.page("MNIST.ipynb", **settings), torch.channels_last
     torch.manual_seed(seed)
-    options = dict(batch_size=settings["BATCH_SIZE"], device=CPU, mean=mean, std=std, seed=seed)
-    loader = helpers.ResidentLoader(train, **options, shuffle=True, translate=settings["TRANSLATE"])
-    model = page["LeNet5"]()
-    page["LeNet5"].__init__.__globals__.update(settings)  # make_optimizer reads the settings cell's names
+    options = dict(batch_size=page["BATCH_SIZE"], device=CPU, mean=mean, std=std, seed=seed, memory_format=layout)
+    loader = helpers.ResidentLoader(train, **options, shuffle=True, translate=page["TRANSLATE"])
+    model = page["LeNet5"]().to(memory_format=layout)
     optimizer, scheduler = page["make_optimizer"](model, epochs * len(loader))
     begin = time.perf_counter()
     for _ in range(epochs):
@@ -195,7 +164,7 @@ def mnist(arguments) -> None:
     rows = {"classic example, 1.2 M parameters": [], "LeNet-5 of MNIST.ipynb, 61,706": []}
     for seed in range(arguments.seeds):
         results = (
-            train_classic(train, test, mean, std, seed, 0.99, arguments.epochs),
+            train_classic(train, test, mean, std, seed, 0.99, arguments.epochs or 14),
             train_page(train, test, mean, std, seed, arguments.page_epochs),
         )
         for row, result in zip(rows.values(), results, strict=True):
@@ -212,15 +181,167 @@ def mnist(arguments) -> None:
     table(f"To 99.0 % on {train.provenance}, mean of {arguments.seeds} seeds", header, lines)
 
 
+# ------------------------------------------------------------------------------------------------------------- cifar
+
+LAYOUT = torch.channels_last
+
+
+def cifar_loader(split, train, batch_size, seed=0, **augmentation):
+    """A resident loader with the statistics of `train`."""
+    pixels = train.images[:10_000].float() / 255
+    statistics = dict(mean=pixels.mean(dim=(0, 2, 3)), std=pixels.std(dim=(0, 2, 3)))
+    options = dict(batch_size=batch_size, device=helpers.pick_device(), seed=seed, memory_format=LAYOUT)
+    return helpers.ResidentLoader(split, **options, **statistics, **augmentation)
+
+
+def page_recipe(train, seed, epochs):
+    """CIFAR.ipynb's full budget. Returns page, model, loader, optimizers, schedulers, the image size of each epoch."""
+    with unittest.mock.patch.object(helpers, "budget", lambda smoke, cpu, full: full):
+        page = notebooks.page("CIFAR.ipynb")
+    epochs, sizes = epochs or page["EPOCHS"], page["RESOLUTIONS"]
+    torch.manual_seed(seed)
+    augmentation = dict(flip=True, alternate=True, translate=page["TRANSLATE"])
+    loader = cifar_loader(train, train, page["BATCH_SIZE"], seed, shuffle=True, **augmentation)
+    model = page["FastCNN"](page["WIDTHS"], len(train.classes)).to(loader.device, memory_format=LAYOUT)
+    page["whiten"](model.whiten, next(iter(cifar_loader(train, train, 5_000)))[0])
+    optimizers, schedulers = page["make_optimizers"](model, epochs * len(loader))
+    sizes = sizes[-epochs:]
+    return page, model, loader, optimizers, schedulers, [sizes[e * len(sizes) // epochs] for e in range(epochs)]
+
+
+def published_recipe(train, seed, epochs):
+    """The published record (Jordan, cifar10-airbench, the Muon variant), built from the page's parts.
+
+    Widths 64, 256, 256 with no sum, batches of 2,000, full-size images, 8 epochs; the whitening layer has a bias that
+    learns in the first three eighths of the steps. Its rates for head and biases are given there for a sum over the
+    batch and a head 256 times as large; for a mean they are those below.
+    """
+    rates = dict(MUON_RATE=0.24, HEAD_RATE=0.0204, BIAS_RATE=106.0, WEIGHT_DECAY=0.004, LABEL_SMOOTHING=0.2)
+    page, epochs = notebooks.page("CIFAR.ipynb", **rates), epochs or 8
+    torch.manual_seed(seed)
+    loader = cifar_loader(train, train, 2_000, seed, shuffle=True, flip=True, alternate=True, translate=2)
+    model = page["FastCNN"]((64, 256, 256), len(train.classes), shortcut=False)
+    model.whiten = nn.Conv2d(3, 24, kernel_size=2)
+    nn.init.zeros_(model.whiten.bias).requires_grad_(False)
+    model = model.to(loader.device, memory_format=LAYOUT)
+    page["whiten"](model.whiten, next(iter(cifar_loader(train, train, 5_000)))[0])
+    steps = epochs * len(loader)
+    optimizers, schedulers = page["make_optimizers"](model, steps)
+    bias, bias_steps = model.whiten.bias.requires_grad_(True), 3 * steps / 8
+    optimizers.append(torch.optim.SGD([bias], 106.0, momentum=0.85, nesterov=True, weight_decay=0.004 / 106))
+    fall = torch.optim.lr_scheduler.LambdaLR(optimizers[-1], lambda step: max(0.0, 1 - step / bias_steps))
+    return page, model, loader, optimizers, [*schedulers, fall], [32] * epochs
+
+
+def train_recipe(recipe, train, seed, epochs):
+    """Return (seconds of training, FLOPs, the model, its page) after training as `recipe` says."""
+    page, model, loader, optimizers, schedulers, sizes = recipe(train, seed, epochs)
+    criterion = nn.CrossEntropyLoss(label_smoothing=page["LABEL_SMOOTHING"])
+    scaler, seconds, flops, counts = torch.amp.GradScaler(loader.device.type, enabled=False), 0.0, 0, {}
+    for epoch, size in enumerate(sizes):
+        if model.whiten.bias is not None and epoch >= 3 * len(sizes) / 8:
+            model.whiten.bias.requires_grad_(False)  # its rate is 0 from here on
+            model.whiten.bias.grad = None
+        kind = size, model.whiten.bias is not None and model.whiten.bias.requires_grad
+        if kind not in counts:  # a step of a copy, so that counting costs the training no time
+            copy = deepcopy(model)
+            few = page["make_optimizers"](copy, 1)
+            batch = [next(iter(loader))]
+            loader.epoch -= 1
+            with FlopCounterMode(display=False) as counter:
+                page["train_one_epoch"](copy, batch, criterion, *few, size, "fp32", scaler)
+            counts[kind] = counter.get_total_flops()
+        begin = time.perf_counter()
+        losses, _, _ = page["train_one_epoch"](model, loader, criterion, optimizers, schedulers, size, "fp32", scaler)
+        losses = losses.tolist()
+        seconds += time.perf_counter() - begin
+        flops += counts[kind] * len(losses)
+        print(
+            f"  {recipe.__name__}, seed {seed}, epoch {epoch + 1}: loss {losses[-1]:.3f}, {seconds:.0f} s", flush=True
+        )
+    return seconds, flops, model, page
+
+
+def cifar(arguments) -> None:
+    """Accuracy, FLOPs and seconds of the published recipe and of the page's full one, on all training images."""
+    helpers.reuse_memory()
+    dataset = os.environ.get("LAB_DATASET", "CIFAR10")
+    train, test = (helpers.load(dataset, part, (3, 32, 32)) for part in (True, False))
+    rows = {name: [] for name in arguments.recipes.split(",")}
+    for seed in range(1, arguments.seeds + 1):
+        for name, results in rows.items():
+            recipe = {"published": published_recipe, "page": page_recipe}[name]
+            seconds, flops, model, page = train_recipe(recipe, train, seed, arguments.epochs)
+            loader = cifar_loader(test, train, 1_000)
+            accuracies = [helpers.evaluate(m, loader)[1] for m in (model, page["AveragedViews"](model))]
+            results.append((*accuracies, flops / 1e15, seconds))
+            print(
+                f"  {name}, seed {seed}: {accuracies[0]:.2%}, six views {accuracies[1]:.2%}, {seconds:.0f} s",
+                flush=True,
+            )
+    lines = []
+    for name, results in rows.items():
+        spread = [statistics.stdev(column) if len(results) > 1 else math.nan for column in zip(*results, strict=True)]
+        mean = [statistics.mean(column) for column in zip(*results, strict=True)]
+        percent = [f"{100 * m:.2f} ± {100 * s:.2f} %" for m, s in zip(mean[:2], spread[:2], strict=True)]
+        lines.append([name, len(results), *percent, mean[2], round(mean[3])])
+    header = ["recipe", "seeds", "test accuracy", "six views averaged", "PFLOP", "training, s"]
+    table(f"{train.provenance}, {len(train):,} training images, fp32", header, lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ growth
+
+
+def growth(arguments) -> None:
+    """Images/s and memory as the data and the widths grow."""
+    helpers.reuse_memory()
+    device, rows = helpers.pick_device(), []
+    base = helpers.stand_in("CIFAR10", True, (3, 32, 32), 50_000)
+    for factor in (1, 2, 4):
+        split = base.subset(torch.arange(50_000).repeat(factor))
+        loader = cifar_loader(split, base, 500, shuffle=True, flip=True, translate=2)
+        held = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in vars(loader).values()
+            if torch.is_tensor(t)
+        }
+        rates = [helpers.images_per_second(loader, device, arguments.seconds) for _ in range(arguments.repeats)]
+        row = [f"{factor} × data", f"{statistics.median(rates):,.0f}", f"{sum(held.values()) / 2**20:,.0f} MiB"]
+        rows.append([*row, f"{sum(held.values()) / split.images.nbytes:.2f} × the images"])
+    table("Input pipeline at CIFAR size", ["what", "images/s", "memory on the device", "ratio"], rows)
+
+    rows, page, batch = [], notebooks.page("CIFAR.ipynb"), next(iter(cifar_loader(base, base, 500)))
+    for widths in ((64, 128, 256), (128, 256, 512)):
+        model = page["FastCNN"](widths).to(device, memory_format=LAYOUT)
+        page["whiten"](model.whiten, batch[0])
+        run = ([batch], nn.CrossEntropyLoss(), *page["make_optimizers"](model, 100), 32, "fp32")
+        scaler, rates = torch.amp.GradScaler(device.type, enabled=False), []
+        with FlopCounterMode(display=False) as counter:
+            page["train_one_epoch"](model, *run, scaler)
+        for _ in range(arguments.repeats):
+            begin = time.perf_counter()
+            page["train_one_epoch"](model, *run, scaler)[0].tolist()
+            rates.append(len(batch[1]) / (time.perf_counter() - begin))
+        parameters = sum(p.numel() for p in model.parameters())
+        gigaflops = counter.get_total_flops() / len(batch[1]) / 1e9
+        rate = statistics.median(rates)
+        rows.append([widths, f"{parameters:,}", gigaflops, f"{rate:,.0f}", f"{rate * gigaflops:,.0f}"])
+    header = ["widths", "parameters", "GFLOP an image", "training images/s", "GFLOP/s"]
+    table("Training steps of CIFAR.ipynb's network, 32 × 32, batches of 500, fp32", header, rows)
+
+
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=("start", "input", "mnist"))
+    parser.add_argument("benchmark", choices=("start", "input", "mnist", "cifar", "growth"))
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement of a rate")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is shown")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=14, help="at most, of the classic recipe")
-    parser.add_argument("--page-epochs", type=int, default=4, help="of the page's recipe, fixed in advance")
+    parser.add_argument(
+        "--epochs", type=int, help="mnist: at most, of the classic recipe (14); cifar: of both (their own)"
+    )
+    parser.add_argument("--page-epochs", type=int, default=4, help="mnist: of the page's recipe, fixed in advance")
+    parser.add_argument("--recipes", default="published,page", help="cifar: which ones")
     arguments = parser.parse_args()
     globals()[arguments.benchmark](arguments)
 

@@ -38,3 +38,10 @@ def settings(name: str) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
         exec(cell.source, namespace)
     return namespace["SETTINGS"]
+
+
+def page(name: str, **replaced) -> dict:
+    """The definitions of a notebook with its settings, some of them replaced; its functions read these."""
+    namespace = definitions(name)
+    namespace.update(settings(name) | replaced)
+    return namespace
