@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import math
 import os
 import pickle
@@ -291,6 +292,7 @@ def try_compile(model: nn.Module, examples: list[torch.Tensor], precision: str =
     """
     values = {name: value.clone() for name, value in model.state_dict().items()}
     training, fast = model.training, torch.compile(model, dynamic=False)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns wherever there is no GPU
     try:
         fast.train()
         for images in examples:
@@ -1115,7 +1117,7 @@ def show_profile(profile, phases: list[str], steps: int, provenance: Provenance)
         axis.barh(range(len(names)), milliseconds, color=color)
         axis.set_yticks(range(len(names)), names, fontsize=10)
         axis.invert_yaxis()
-        axis.set(xlabel="ms a step", title=f"by {kind}", xlim=(0, 1.25 * max(milliseconds, default=1)))
+        axis.set(xlabel="ms a step", title=f"by {kind}", xlim=(0, 1.4 * max(milliseconds, default=1)))
         for place, value in enumerate(milliseconds):
             axis.text(
                 value,

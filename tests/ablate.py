@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--widths", default="32,64,128")
+    parser.add_argument("--train", type=int, default=20_000, help="training images")
     parser.add_argument("--held-out", type=int, default=10_000, help="images for the accuracy")
     parser.add_argument("--rows", default="", help="names, with commas; default: all")
     parser.add_argument("--store", type=Path, default=STORE)
@@ -43,6 +44,7 @@ def main() -> None:
 
     data = helpers.load(page["DATASET"], train=True, shape=(3, 32, 32))
     part, held_out = helpers.hold_out(data, min(arguments.held_out, len(data) // 5), 0)
+    part = part.subset(torch.arange(min(arguments.train, len(part))))
     measured = f"{len(part):,} training and {len(held_out):,} held-out images of {data.provenance}; "
     measured += f"widths {widths}, {arguments.epochs} epochs, fp32, {arguments.seeds} seeds; "
     measured += f"{helpers.device_name(device)}; torch {torch.__version__}, torchvision {torchvision.__version__}; "

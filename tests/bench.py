@@ -202,7 +202,7 @@ def page_recipe(train, seed, epochs):
     torch.manual_seed(seed)
     augmentation = dict(flip=True, alternate=True, translate=page["TRANSLATE"])
     loader = cifar_loader(train, train, page["BATCH_SIZE"], seed, shuffle=True, **augmentation)
-    model = page["FastCNN"](page["WIDTHS"], len(train.classes)).to(loader.device, memory_format=LAYOUT)
+    model = page["FastCNN"](page["WIDTHS"], page["DEPTHS"], len(train.classes)).to(loader.device, memory_format=LAYOUT)
     page["whiten"](model.whiten, next(iter(cifar_loader(train, train, 5_000)))[0])
     optimizers, schedulers = page["make_optimizers"](model, epochs * len(loader))
     sizes = sizes[-epochs:]
@@ -220,7 +220,7 @@ def published_recipe(train, seed, epochs):
     page, epochs = notebooks.page("CIFAR.ipynb", **rates), epochs or 8
     torch.manual_seed(seed)
     loader = cifar_loader(train, train, 2_000, seed, shuffle=True, flip=True, alternate=True, translate=2)
-    model = page["FastCNN"]((64, 256, 256), len(train.classes), shortcut=False)
+    model = page["FastCNN"]((64, 256, 256), (1, 1, 1), len(train.classes), shortcut=False)
     model.whiten = nn.Conv2d(3, 24, kernel_size=2)
     nn.init.zeros_(model.whiten.bias).requires_grad_(False)
     model = model.to(loader.device, memory_format=LAYOUT)
