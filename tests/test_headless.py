@@ -78,6 +78,7 @@ def test_cifar_page_on_cifar100_without_validation(tmp_path):
     assert set(scalars) == (CURVES - {"loss/validation", "accuracy/validation"}) | {
         "loss/step",
         "test/accuracy",
+        "test/accuracy_averaged_views",
         "test/loss",
     }
 

@@ -19,7 +19,8 @@ SECTIONS = [
     "6 Optimizer 优化器",
     "7 Training 训练过程",
     "8 Test 测试",
-    "9 Report 实验报告",
+    "9 Where the time goes 性能分析",
+    "10 Report 实验报告",
 ]
 
 
