@@ -7,8 +7,12 @@ Importing this module reads no file, starts nothing and prints nothing.
 
 from __future__ import annotations
 
+import argparse
+import atexit
+import base64
 import contextlib
 import ctypes
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -19,9 +23,13 @@ import math
 import os
 import pickle
 import platform
+import socket
+import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -829,16 +837,6 @@ def images_per_second(loader, device: torch.device, seconds: float = 1.0, step=N
                 return count / (time.perf_counter() - start)
 
 
-def utilization(device: torch.device) -> str:
-    """The device's utilisation over the last moments as NVML gives it, or why there is none, for people."""
-    if device.type != "cuda":
-        return f"n/a (device: {device.type})"
-    try:
-        return f"{torch.cuda.utilization(device)} %"
-    except Exception as error:  # no NVML, no permission, a MIG slice
-        return f"n/a ({str(error).splitlines()[0]})"
-
-
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -885,7 +883,7 @@ def now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def new_run(lab: str, tag: str, settings: dict, device: torch.device) -> Path:
+def new_run(lab: str, tag: str, settings: dict, device: torch.device, classes: tuple[str, ...] = ()) -> Path:
     """Create `runs/<lab>/<timestamp>-<tag>/`, write its config.json and return its path. No two runs share one."""
     stamp, number = datetime.now().strftime("%Y%m%d-%H%M%S"), 1
     while True:
@@ -907,15 +905,9 @@ def new_run(lab: str, tag: str, settings: dict, device: torch.device) -> Path:
     config = {"lab": lab, "tag": tag, "settings": settings, "seed": settings.get("SEED"), "device": device_name(device)}
     packages = ("torch", "torchvision", "tensorboard", "numpy")
     config["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
-    config |= {"git": revision, "started": now()}
+    config |= {"git": revision, "started": now(), "classes": list(classes)}
     _write_json(run / "config.json", config)
     return run
-
-
-def gpu_utilization(device: torch.device) -> dict:
-    """The two utilisation entries of metrics.json."""
-    reason = "not sampled" if device.type == "cuda" else f"no NVIDIA GPU in use (device: {device.type})"
-    return {"gpu_utilization": None, "gpu_utilization_reason": reason}
 
 
 def write_metrics(run: Path, **metrics) -> None:
@@ -945,6 +937,338 @@ def load_checkpoint(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise LabError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+
+
+# ------------------------------------------------------------------------------------------------- TensorBoard
+
+
+def log_graph(writer, model: nn.Module, images: torch.Tensor) -> None:
+    """Log the model's graph, traced on a batch of `images`. A model that cannot be traced costs one printed line."""
+    training = model.training
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            writer.add_graph(model.eval(), images)
+    except Exception as error:  # whatever the tracer meets in the model
+        print(f"The model's graph is not logged: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
+    finally:
+        model.train(training)
+
+
+def log_histograms(writer, model: nn.Module, epoch: int, bins: int = 64) -> None:
+    """Log a histogram of each parameter, and of its gradient in the last step. Counted on the device, read once."""
+    values = {f"weights/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    values |= {f"gradients/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    rows = []
+    for tensor in values.values():
+        flat = tensor.float().flatten()
+        low, high = flat.aminmax()
+        high = torch.where(high > low, high, low + 1e-12)
+        places = ((flat - low) * (bins / (high - low))).long().clamp_(0, bins - 1)
+        counts = torch.zeros(bins, device=flat.device).index_add_(0, places, torch.ones_like(flat))
+        rows.append(torch.cat([torch.stack([low, high, flat.sum(), flat.square().sum()]), counts]))
+    for (name, tensor), row in zip(values.items(), torch.stack(rows).double().cpu(), strict=True):
+        low, high, total, squares, *counts = row.tolist()
+        if not math.isfinite(squares):
+            continue  # TensorBoard draws no histogram of what is not finite; the loss curve shows it
+        limits = np.linspace(low, high, bins + 1)[1:].tolist()
+        writer.add_histogram_raw(name, low, high, tensor.numel(), total, squares, limits, counts, epoch)
+
+
+def log_pictures(writer, model: nn.Module, images: torch.Tensor, epoch: int) -> None:
+    """Log the first layer's filters, and the feature maps of the first of `images` after each stage of the model."""
+    from torchvision.utils import make_grid
+
+    filters = next(m.weight.detach().float() for m in model.modules() if isinstance(m, nn.Conv2d))
+    filters = filters if filters.shape[1] == 3 else filters[:, :1]
+    filters = F.interpolate(filters, scale_factor=max(1, 24 // filters.shape[-1]))
+    writer.add_image("filters/first_layer", make_grid(filters, normalize=True, scale_each=True), epoch)
+    for name, _, out in _stage_outputs(model, images[:1]):
+        if out.ndim == 4 and min(out.shape[2:]) > 1:
+            picture = F.interpolate(out[0, :64, None].float(), scale_factor=max(1, 32 // out.shape[-1]))
+            writer.add_image(f"feature_maps/{name}", make_grid(picture, normalize=True, scale_each=True), epoch)
+
+
+def log_comparable(writer, settings: dict, metrics: dict) -> None:
+    """Log settings and final metrics for TensorBoard's HParams tab, in this run's own events file.
+
+    `SummaryWriter.add_hparams` would make a second run for them.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {
+        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()
+    }
+    for summary in hparams(plain, metrics):
+        writer.file_writer.add_summary(summary)
+
+
+def penultimate(model: nn.Module, loader: ResidentLoader) -> torch.Tensor:
+    """Return what the model's last linear layer receives, float32 [N, features], for all images of the loader."""
+    received = []
+    layer = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    hook = layer.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0].float()))
+    try:
+        predict(model, loader)
+    finally:
+        hook.remove()
+    return torch.cat(received)
+
+
+# TensorBoard in a process that ends when the kernel is no longer its parent, however the kernel ended.
+SERVER = """
+import os, threading, time
+parent = os.getppid()
+def watch():
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
+threading.Thread(target=watch, daemon=True).start()
+from tensorboard.main import run_main
+run_main()
+"""
+_server: subprocess.Popen | None = None
+
+
+def show_tensorboard(logdir: Path | None = None, height: int = 800) -> None:
+    """Start TensorBoard on `logdir` (default: the runs folder) and show it here, where somebody watches a notebook.
+
+    It listens to this machine only, on a free port, and ends with the kernel; an earlier one of this kernel is
+    replaced. The address goes through the proxy that TENSORBOARD_PROXY_URL names (%PORT% is the port), or
+    JupyterHub's or code-server's. Headless, it prints one line and starts nothing.
+    """
+    logdir = Path(logdir or folder("RUNS", "runs"))
+    shown = logdir.relative_to(HERE) if logdir.is_relative_to(HERE) else logdir
+    if not (in_notebook() and watched()):
+        print(f"Nobody watches, so TensorBoard is not started here. To see the curves: tensorboard --logdir {shown}")
+        return
+    port = _start_tensorboard(logdir)
+    if "google.colab" in sys.modules:
+        sys.modules["google.colab"].output.serve_kernel_port_as_iframe(port, height=height)
+        return
+    from IPython.display import IFrame, display
+
+    url = tensorboard_url(port)
+    print(f"TensorBoard: {url}\nfrom another machine: ssh -L {port}:localhost:{port} {platform.node()}, then the same")
+    display(IFrame(url, "100%", height))
+
+
+def tensorboard_url(port: int) -> str:
+    """The address at which a browser reaches `port` of this machine, with its trailing slash (tensorboard#5531)."""
+    hub, code_server = os.environ.get("JUPYTERHUB_SERVICE_PREFIX"), os.environ.get("VSCODE_PROXY_URI")
+    proxy = os.environ.get("TENSORBOARD_PROXY_URL")
+    proxy = proxy or (code_server and code_server.replace("{{port}}", "%PORT%"))
+    proxy = proxy or (hub and f"{hub.rstrip('/')}/proxy/%PORT%") or "http://localhost:%PORT%"
+    return proxy.replace("%PORT%", str(port)).rstrip("/") + "/"
+
+
+def stop_tensorboard() -> None:
+    """End the TensorBoard that `show_tensorboard` started in this process, if it runs."""
+    global _server
+    if _server is not None and _server.poll() is None:
+        _server.terminate()
+        try:
+            _server.wait(5)
+        except subprocess.TimeoutExpired:
+            _server.kill()
+            _server.wait()
+    _server = None
+
+
+def _start_tensorboard(logdir: Path) -> int:
+    """Start the server and return its port, once it answers."""
+    global _server
+    stop_tensorboard()
+    atexit.register(stop_tensorboard)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--logdir", str(logdir), "--host", "127.0.0.1", "--port", str(port)]
+    with tempfile.TemporaryFile() as messages:
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)
+        _server = subprocess.Popen([sys.executable, "-c", SERVER, *options], **pipes)
+        end = time.monotonic() + 60
+        while time.monotonic() < end and _server.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                return port
+            time.sleep(0.1)
+        stop_tensorboard()
+        messages.seek(0)
+        raise LabError(f"TensorBoard did not start: {messages.read().decode(errors='replace').strip()[-400:]}")
+
+
+# --------------------------------------------------------------------------------------------------------- monitor
+
+
+UNITS = {"utilization": "percent", "memory": "gib", "power": "watt", "temperature": "celsius", "sm_clock": "mhz"}
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """How busy a device was: "gpu" or "cpu", (seconds of training, per cent), and the reason if that is not all."""
+
+    kind: str
+    points: list[tuple[float, float]]
+    reason: str | None = None
+
+    def statistics(self) -> dict | None:
+        """Return mean, median and max in per cent and the number of samples; None when there is no whole series."""
+        if self.reason or not self.points:
+            return None
+        values = [value for _, value in self.points]
+        summary = {"mean": statistics.fmean(values), "median": statistics.median(values), "max": max(values)}
+        return {name: round(value, 2) for name, value in summary.items()} | {"samples": len(values)}
+
+    def __str__(self):
+        name = "GPU utilisation" if self.kind == "gpu" else "CPU utilisation of this process, of all cores"
+        summary = self.statistics()
+        if summary is None:
+            return f"{name}: n/a ({self.reason or 'too short to sample'})"
+        return f"{name}: " + ", ".join(f"{k} {summary[k]:.0f} %" for k in ("mean", "median", "max"))
+
+    def draw(self, axis) -> None:
+        """Draw the points on the axis, over seconds; where they are missing or end early, write why."""
+        if self.points:
+            axis.plot(*zip(*self.points, strict=True), color=COLORS[2], linewidth=1)
+        if self.reason or not self.points:
+            axis.text(0.02, 0.5, f"n/a: {self.reason or 'too short to sample'}", transform=axis.transAxes, va="center")
+        axis.set(ylim=(0, 105), ylabel=f"{'GPU' if self.kind == 'gpu' else 'process CPU'}\nutilisation (%)")
+        axis.grid(alpha=0.3)
+
+
+class Monitor:
+    """Samples the device about five times a second while training, and only then: `with monitor: train an epoch`.
+
+    On an NVIDIA GPU: utilisation, memory, power, temperature and clock as NVML gives them, of the very card that
+    torch uses (found by its UUID). Elsewhere: the CPU time of this process as a share of all cores, labelled so.
+    What cannot be measured is left out, with the reason in `reasons`; nothing that goes wrong here reaches the
+    training. "Utilisation" of a GPU is the share of time in which at least one kernel ran, however small (NVML).
+
+    Attributes:
+        samples: a dict for each sample: seconds (of training, since the first block began), time (since the epoch),
+            and the quantities of `UNITS` that could be read.
+        ends: seconds of training at the end of each block.
+        reasons: quantity to why it could not be measured.
+    """
+
+    def __init__(self, device: torch.device, interval: float = 0.2):
+        self.interval, self.kind = interval, "gpu" if device.type == "cuda" else "cpu"
+        self.samples, self.ends, self.reasons, self.seconds, self.logged = [], [], {}, 0.0, 0
+        try:
+            self.readers = _gpu_readers(device) if self.kind == "gpu" else _cpu_readers()
+        except Exception as error:  # no library, no driver, no permission, a card that NVML does not find
+            self.readers = {}
+            self.reasons = dict.fromkeys(UNITS, _reason(error))
+
+    def __enter__(self):
+        self.stop, self.begin = threading.Event(), time.perf_counter()
+        self.thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join(timeout=5)
+        self.seconds += time.perf_counter() - self.begin
+        self.ends.append(self.seconds)
+
+    def _run(self):
+        while not self.stop.wait(self.interval):
+            seconds = self.seconds + time.perf_counter() - self.begin
+            sample = {"seconds": seconds, "time": time.time()}
+            for quantity, read in list(self.readers.items()):
+                try:
+                    sample[quantity] = float(read())
+                except Exception as error:  # not supported here, or an error midway: never again
+                    self.reasons[quantity] = _reason(error) + f", after {len(self.samples)} samples"
+                    del self.readers[quantity]
+            if len(sample) > 2:
+                self.samples.append(sample)
+
+    @property
+    def utilization(self) -> Utilization:
+        """The samples of the utilisation."""
+        points = [(sample["seconds"], sample["utilization"]) for sample in self.samples if "utilization" in sample]
+        return Utilization(self.kind, points, self.reasons.get("utilization"))
+
+    def metrics(self) -> dict:
+        """The two utilisation entries of metrics.json."""
+        if self.kind != "gpu":
+            return {"gpu_utilization": None, "gpu_utilization_reason": "no NVIDIA GPU in use"}
+        summary = self.utilization.statistics()
+        reason = self.utilization.reason or f"no sample in {self.seconds:.1f} s of training"
+        return {"gpu_utilization": summary, "gpu_utilization_reason": None if summary else reason}
+
+    def brief(self) -> str:
+        """The mean utilisation in a few characters, such as "GPU 87 %" or "GPU n/a"."""
+        summary = self.utilization.statistics()
+        return f"{self.kind.upper()} {summary['mean']:.0f} %" if summary else f"{self.kind.upper()} n/a"
+
+    def __str__(self):
+        parts = [f"{self.utilization}, {len(self.samples)} samples"]
+        for quantity, unit in list(UNITS.items())[1:]:
+            values = [sample[quantity] for sample in self.samples if quantity in sample]
+            parts += [f"{quantity.replace('_', ' ')} at most {max(values):.1f} {unit}"] if values else []
+        return ", ".join(parts)
+
+    def log(self, writer) -> None:
+        """Log the samples since the last call; the step is the milliseconds of training."""
+        for sample in self.samples[self.logged :]:
+            for quantity, unit in UNITS.items():
+                if quantity in sample:
+                    tag = f"{self.kind}/{quantity}_{unit}"
+                    writer.add_scalar(tag, sample[quantity], int(1000 * sample["seconds"]), sample["time"])
+        self.logged = len(self.samples)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:200]
+
+
+def _gpu_readers(device: torch.device) -> dict:
+    """For each quantity a function that asks NVML for it."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    handle, failure = None, None
+    for prefix in ("GPU-", "MIG-"):
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(prefix + uuid.removeprefix(prefix))
+            break
+        except pynvml.NVMLError as error:
+            failure = failure or error
+    if handle is None:
+        raise failure
+    return {
+        "utilization": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+        "memory": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30,
+        "power": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "temperature": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        "sm_clock": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+    }
+
+
+def _cpu_readers() -> dict:
+    """The share of all cores that this process uses between two calls, in per cent."""
+    import psutil
+
+    process = psutil.Process()
+    process.cpu_percent()  # the first call only starts the clock
+    return {"utilization": lambda: min(100.0, process.cpu_percent() / (psutil.cpu_count() or 1))}
+
+
+def nvidia_smi() -> None:
+    """Print what nvidia-smi shows, or why it shows nothing."""
+    try:
+        result = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
+        print(
+            result.stdout if result.returncode == 0 else f"nvidia-smi: n/a ({(result.stdout + result.stderr).strip()})"
+        )
+    except FileNotFoundError:
+        print("nvidia-smi: n/a (not installed: this machine has no NVIDIA driver)")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"nvidia-smi: n/a ({error})")
 
 
 # ---------------------------------------------------------------------------------------------------------- progress
@@ -1010,11 +1334,36 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3), 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False}
+    style = {
+        "font.size": 11,
+        "font.family": _fonts()[0],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": False,
+    }
     with rc_context(style):
         canvas = Figure(figsize=size, dpi=100, layout="constrained")
         axes = canvas.subplots(rows, columns, **options)
     return canvas, axes
+
+
+@functools.cache
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """The families that figures are written in, and the characters that these have glyphs for.
+
+    DejaVu comes with matplotlib and has no Chinese; the first installed family that has goes behind it.
+    """
+    from matplotlib import font_manager, ft2font
+
+    found = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    chinese = ("Noto Sans CJK", "Noto Sans SC", "Source Han Sans", "Microsoft YaHei", "PingFang", "SimHei", "WenQuanYi")
+    families = ["DejaVu Sans", *[name for start in chinese for name in sorted(found) if name.startswith(start)][:1]]
+    return families, frozenset().union(*(ft2font.FT2Font(found[name]).get_charmap() for name in families))
+
+
+def printable(text: str) -> str:
+    """Return `text` with each character that no font here can draw as its code, so that no glyph is an empty box."""
+    return "".join(c if c == "\n" or ord(c) in _fonts()[1] else f"U+{ord(c):04X}" for c in text)
 
 
 def show(canvas, provenance: Provenance) -> None:
@@ -1038,32 +1387,75 @@ def show_images(images: torch.Tensor, titles: list[str], provenance: Provenance,
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images.cpu(), titles, strict=False):
         axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(title, fontsize=9)
+        axis.set_title(printable(title), fontsize=9)
     show(canvas, provenance)
 
 
-def show_curves(history: list[dict], provenance: Provenance) -> None:
-    """Show loss and accuracy over the epochs, training against validation.
+def curves(history: list[dict], ends: list[float] | None = None, utilization: Utilization | None = None):
+    """Return a figure of accuracy and loss, training against validation, over one axis of time.
 
-    `history` has a dict for each epoch: train_loss, train_accuracy, validation_loss, validation_accuracy.
+    `history` has a dict for each epoch: train_loss, train_accuracy, validation_loss, validation_accuracy. With `ends`,
+    the seconds of training at the end of each epoch, the axis is in seconds, the epochs at its top, and the
+    utilisation has a panel below.
     """
-    canvas, axes = figure(1, 2, size=(10, 3.6))
-    epochs = range(1, len(history) + 1)
-    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+    epochs = list(range(1, len(history) + 1))
+    times = epochs if ends is None else ends
+    heights = (1, 1) if ends is None else (1, 1, 0.7)
+    canvas, axes = figure(len(heights), 1, size=(9, 2.2 * sum(heights) + 0.6), sharex=True, height_ratios=heights)
+    for axis, quantity in zip(axes, ("accuracy", "loss"), strict=False):
         factor = 100 if quantity == "accuracy" else 1
+        lines = []
         for part, color, marker in (("train", COLORS[0], "o"), ("validation", COLORS[1], "s")):
             values = [factor * entry[f"{part}_{quantity}"] for entry in history]
-            axis.plot(epochs, values, color=color, marker=marker, markersize=4, label=part)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel("accuracy (%)" if quantity == "accuracy" else "cross-entropy (nats)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.plot(times, values, color=color, marker=marker, markersize=4)
+            if values and math.isfinite(values[-1]):
+                lines.append((values[-1], part, color))
+        _label_ends(axis, times, lines)
+        axis.set_ylabel("accuracy (%)" if quantity == "accuracy" else "loss (nats)")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    show(canvas, provenance)
+    if ends is None:
+        axes[-1].set_xlabel("epoch")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    else:
+        top = axes[0].secondary_xaxis("top")
+        every = max(1, math.ceil(len(epochs) / 12))
+        top.set_xticks(times[every - 1 :: every], epochs[every - 1 :: every])
+        top.set_xlabel("epoch")
+        utilization.draw(axes[-1])
+        axes[-1].set_xlabel("time spent training (s)")
+    return canvas
 
 
-def show_confusion(matrix: torch.Tensor, classes: tuple[str, ...], provenance: Provenance) -> None:
-    """Show a confusion matrix [classes, classes] as row percentages; counts in the cells for up to 20 classes."""
+def _label_ends(axis, times, lines) -> None:
+    """Write each line's name (value, name, color) behind its end, apart from one another: no legend to hunt in."""
+    if not lines:
+        return
+    low, high = axis.get_ylim()
+    gap, place = 0.13 * (high - low), -math.inf
+    for value, name, color in sorted(lines):
+        place = max(value, place + gap)
+        axis.annotate(
+            name,
+            (times[-1], place),
+            (8, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def show_curves(history: list[dict], provenance: Provenance, monitor: Monitor | None = None) -> None:
+    """Show the curves of `history`, over the seconds that the monitor counted where there is one."""
+    more = (monitor.ends[-len(history) :], monitor.utilization) if monitor and history else ()
+    show(curves(history, *more), provenance)
+
+
+def show_confusion(matrix: torch.Tensor, classes: tuple[str, ...], provenance: Provenance):
+    """Show a confusion matrix [classes, classes] as row percentages, counts in the cells for up to 20 classes.
+
+    Returns the figure, for `add_figure`.
+    """
     matrix = matrix.cpu().numpy()
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     canvas, axis = figure(size=(6.5, 5.5))
@@ -1072,12 +1464,33 @@ def show_confusion(matrix: torch.Tensor, classes: tuple[str, ...], provenance: P
     axis.set_ylabel("true class")
     canvas.colorbar(image, ax=axis, label="share of the true class (%)")
     if len(classes) <= 20:
-        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axis.set_yticks(range(len(classes)), classes)
+        names = [printable(name) for name in classes]
+        axis.set_xticks(range(len(classes)), names, rotation=45, ha="right")
+        axis.set_yticks(range(len(classes)), names)
         for row, column in np.argwhere(matrix):
             color = "white" if share[row, column] > 0.5 else "black"
             axis.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=color)
     show(canvas, provenance)
+    return canvas
+
+
+def show_classes(matrix: torch.Tensor, classes: tuple[str, ...], provenance: Provenance):
+    """Show the accuracy of each class as bars, the worst at the bottom; of many classes the best and the worst ten.
+
+    Returns the figure, for `add_figure`.
+    """
+    counts = matrix.sum(dim=1)
+    share = 100 * (matrix.diag() / counts.clamp(min=1)).cpu()
+    order = [k for k in share.argsort().tolist() if counts[k]]
+    order = order if len(order) <= 20 else order[:10] + order[-10:]
+    canvas, axis = figure(size=(7, 0.6 + 0.27 * len(order)))
+    axis.barh(range(len(order)), share[order].tolist(), color=COLORS[0])
+    axis.set_yticks(range(len(order)), [printable(classes[k]) for k in order])
+    for place, k in enumerate(order):
+        axis.text(share[k].item() + 1, place, f"{share[k]:.1f}", va="center", fontsize=9)
+    axis.set(xlabel="test accuracy of the class (%)", xlim=(0, 110))
+    show(canvas, provenance)
+    return canvas
 
 
 def profiler(device: torch.device):
@@ -1135,14 +1548,19 @@ def trace_shapes(model: nn.Module, images: torch.Tensor) -> list[tuple[str, nn.M
     Stages are the direct children, and those of a Sequential among them. Left out is what has no parameters and keeps
     the shape, such as an activation.
     """
+    calls = [(name, module, tuple(out.shape[1:])) for name, module, out in _stage_outputs(model, images)]
+    before = [images.shape[1:], *(shape for _, _, shape in calls)]
+    return [c for c, shape in zip(calls, before, strict=False) if c[2] != shape or any(True for _ in c[1].parameters())]
+
+
+def _stage_outputs(model: nn.Module, images: torch.Tensor) -> list[tuple[str, nn.Module, torch.Tensor]]:
+    """Run the model once, in evaluation mode; return (name, module, output) of its stages in the order of calls."""
     calls, hooks, stages = [], [], []
     for name, child in model.named_children():
         inner = child.named_children() if isinstance(child, nn.Sequential) else ()
         stages += [(f"{name}.{number}", module) for number, module in inner] or [(name, child)]
     for name, module in stages:
-        hooks.append(
-            module.register_forward_hook(lambda m, _, out, name=name: calls.append((name, m, tuple(out.shape[1:]))))
-        )
+        hooks.append(module.register_forward_hook(lambda m, _, out, name=name: calls.append((name, m, out))))
     training = model.training
     try:
         with torch.no_grad():
@@ -1151,8 +1569,7 @@ def trace_shapes(model: nn.Module, images: torch.Tensor) -> list[tuple[str, nn.M
         model.train(training)
         for hook in hooks:
             hook.remove()
-    before = [images.shape[1:], *(shape for _, _, shape in calls)]
-    return [c for c, shape in zip(calls, before, strict=False) if c[2] != shape or any(True for _ in c[1].parameters())]
+    return calls
 
 
 def draw_model(model: nn.Module, images: torch.Tensor, provenance: Provenance) -> None:
@@ -1182,3 +1599,323 @@ def draw_model(model: nn.Module, images: torch.Tensor, provenance: Provenance) -
     total = sum(p.numel() for p in model.parameters())
     axis.text(-0.5, -1.08, f"shape of each stage's output; in blue its parameters, {total:,} in all", fontsize=9)
     show(canvas, provenance)
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def read_run(run: str | Path) -> dict:
+    """Read a finished run: its `metrics`, `config`, `scalars` {tag: [(step, value, time)]}, `pictures` {tag: PNG},
+    `tables` {name: Markdown}, `confusion` (counts [classes, classes] or None). Raises LabError where it cannot.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    run = Path(run)
+    try:
+        metrics, config = (
+            json.loads((run / name).read_text(encoding="utf-8")) for name in ("metrics.json", "config.json")
+        )
+    except (OSError, ValueError) as error:
+        raise LabError(
+            f"{run} is no finished run: {error}. A run's directory holds metrics.json and config.json."
+        ) from None
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 1, "tensors": 1}).Reload()
+    tags = events.Tags()
+    result = {"path": run, "metrics": metrics, "config": config, "confusion": None, "tables": {}}
+    result["scalars"] = {tag: [(e.step, e.value, e.wall_time) for e in events.Scalars(tag)] for tag in tags["scalars"]}
+    result["pictures"] = {tag: events.Images(tag)[-1].encoded_image_string for tag in tags["images"]}
+    for tag in tags["tensors"]:
+        if tag.startswith("tables/"):
+            text = make_ndarray(events.Tensors(tag)[-1].tensor_proto).item().decode()
+            result["tables"][tag.removeprefix("tables/").removesuffix("/text_summary")] = text
+        elif tag == "test/confusion_counts":
+            result["confusion"] = make_ndarray(events.Tensors(tag)[-1].tensor_proto).astype(int)
+    return result
+
+
+def confidence_interval(accuracy: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy measured on `count` images (Wilson's score interval, 1927)."""
+    z = 1.959964
+    centre = (accuracy + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(accuracy * (1 - accuracy) / count + z**2 / (4 * count**2))
+    return centre - half, centre + half
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """Return a Markdown table, for `writer.add_text("tables/<name>", ...)`, which the report shows."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def own_words(lab: str) -> str:
+    """Return the reader's Markdown from the cell `my-words` of the notebook `lab`.ipynb as it was last saved."""
+    path = HERE / f"{lab.upper()}.ipynb"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = next(("".join(cell["source"]) for cell in cells if cell.get("id") == "my-words"), "")
+        return text.removeprefix("### In my own words 我的结论")  # the report has this heading itself
+    return ""
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title><style>
+body { font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif;
+  color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; border-bottom: 1px solid #bbb; margin-top: 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+.confusion td, .confusion th { text-align: center; padding: .2rem .4rem; font-size: .85rem; border: 0; }
+.number { font-size: 2rem; font-weight: 600; } .note { color: #555; font-size: .9rem; }
+.stand-in { background: #D55E00; color: #fff; padding: .5rem 1rem; font-weight: 600; }
+.scroll { overflow-x: auto; } svg, img.wide { max-width: 100%; height: auto; }
+figure { display: inline-block; margin: .3rem; width: 7.5rem; text-align: center; font-size: .8rem;
+  vertical-align: top; }
+figure img { width: 5rem; height: 5rem; image-rendering: pixelated; }
+@media print { body { margin: 0; max-width: none; font-size: 11pt; } figure, svg, tr { break-inside: avoid; }
+  h2 { break-after: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+</style></head><body>
+{% macro rows(pairs) %}<table>{% for name, value in pairs %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}</table>{% endmacro %}
+{% block content %}{% endblock %}
+</body></html>"""
+
+REPORT = """{% extends "page" %}{% block content %}
+<h1>{{ title }}</h1>
+{% if stand_in %}<p class="stand-in">STAND-IN DATA, NOT {{ metrics.dataset }}: images that the kit drew itself
+替代图像,其准确率不代表 {{ metrics.dataset }}</p>{% endif %}
+<p><span class="number">{{ "%.2f"|format(100 * metrics.test_accuracy) }} %</span> test accuracy 测试准确率
+{% if interval %}<span class="note">95 % interval {{ "%.2f"|format(100 * interval[0]) }} to
+{{ "%.2f"|format(100 * interval[1]) }} %, from {{ "{:,}".format(count) }} images: what another test set of this
+size might have shown. Another seed of the training moves the number too.</span>{% endif %}</p>
+<h2>What was trained 训练内容</h2>{{ rows(what) }}
+<h2>On what 实验环境</h2>{{ rows(where) }}
+<h2>Curves 训练曲线</h2>{{ curves }}
+<p class="note">{{ utilization }}; {{ "{:,.0f}".format(metrics.images_per_second) }} images/s. Utilisation is the share
+of time in which the device was busy at all; it does not say how well it was used. Images/s does.</p>
+{% if confusion %}<h2>Confusion matrix 混淆矩阵</h2><div class="scroll"><table class="confusion">
+<tr><td></td><th colspan="{{ classes|length }}">predicted class 预测类别</th></tr>
+<tr><th>true 真实类别</th>{% for name in classes %}<th>{{ name }}</th>{% endfor %}<th>accuracy</th></tr>
+{% for line in confusion %}<tr><th>{{ classes[loop.index0] }}</th>
+{% for count, share in line.cells %}<td style="background: rgba(0, 114, 178, {{ "%.2f"|format(share) }});
+color: {{ "#fff" if share > 0.5 else "#1a1a1a" }}">{{ count or "" }}</td>{% endfor %}
+<td>{{ line.accuracy }}</td></tr>{% endfor %}</table></div>{% endif %}
+{% if taken %}<h2>Most frequent confusions 最常混淆的类别</h2>
+<table><tr><th>true</th><th>predicted</th><th>images</th></tr>{% for actual, predicted, count in taken %}
+<tr><td>{{ actual }}</td><td>{{ predicted }}</td><td>{{ count }}</td></tr>{% endfor %}</table>{% endif %}
+{% if mistakes %}<h2>Mistakes 错误样本</h2>
+<p class="note">true → predicted, and the probability of the answer given</p>
+{% for caption, data in mistakes %}<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}">
+<figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% endif %}
+{% if tables %}<h2>Measurements 测量结果</h2>
+{% for name, html in tables %}<h3>{{ name }}</h3><div class="scroll">{{ html }}</div>{% endfor %}{% endif %}
+<h2>In my own words 我的结论</h2>{{ words or "(nothing written yet)" }}
+<h2>Settings 全部设置</h2>{{ rows(settings) }}
+{% endblock %}"""
+
+COMPARISON = """{% extends "page" %}{% block content %}<h1>{{ title }}</h1>
+<div class="scroll"><table><tr><th></th>{% for run in runs %}<th>{{ run }}</th>{% endfor %}</tr>
+{% for name, values, differ in lines %}<tr><th>{{ name }}</th>{% for value in values %}
+<td>{% if differ %}<b>{{ value }}</b>{% else %}{{ value }}{% endif %}</td>{% endfor %}</tr>{% endfor %}</table></div>
+<p class="note">Bold: what differs. One run each is no mean: a difference counts only beside the spread over seeds.</p>
+<h2>Curves 训练曲线</h2>{{ curves }}{% endblock %}"""
+
+
+def _render(template: str, **values) -> str:
+    """Fill a template; every value is escaped unless it is marked as HTML made here."""
+    import jinja2
+
+    loader = jinja2.DictLoader({"page": PAGE, "report": REPORT, "comparison": COMPARISON})
+    return jinja2.Environment(loader=loader, autoescape=True).get_template(template).render(**values)
+
+
+def _markdown(text: str):
+    """Markdown as HTML; HTML inside the text is escaped."""
+    import markupsafe
+    import mistune
+
+    return markupsafe.Markup(mistune.create_markdown(escape=True, plugins=["table"])(text))
+
+
+def _svg(canvas):
+    """A figure as inline SVG whose text stays text, so that the browser finds the glyphs."""
+    import markupsafe
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        canvas.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return markupsafe.Markup(text[text.index("<svg") :])
+
+
+def _series(run: dict) -> tuple[list[dict], list[float], str, list[tuple[float, float]]]:
+    """From a run's events: history and seconds for each epoch as `curves` has them, kind and points of utilisation."""
+    scalars = run["scalars"]
+    tags = [f"{quantity}/{part}" for quantity in ("loss", "accuracy") for part in ("train", "validation")]
+    steps = [step for step, _, _ in scalars.get("loss/train", [])]
+    values = {tag: {step: value for step, value, _ in scalars.get(tag, [])} for tag in tags}
+    history = [{"_".join(reversed(t.split("/"))): values[t].get(step, math.nan) for t in tags} for step in steps]
+    seconds = [value for _, value, _ in scalars.get("train_seconds", [])]
+    kind = "gpu" if any(tag.startswith("gpu/") for tag in scalars) else "cpu"
+    points = [(step / 1000, value) for step, value, _ in scalars.get(f"{kind}/utilization_percent", [])]
+    return history, seconds, kind, points
+
+
+def write_report(run: str | Path, words: str | Path | None = None) -> Path:
+    """Write `report.html` into the run's directory, from its metrics, config and events alone; return its path.
+
+    `words` is Markdown of the reader's own, or a file of it; by default the notebook's cell `my-words`.
+    """
+    data = read_run(run)
+    metrics, config, confusion = data["metrics"], data["config"], data["confusion"]
+    classes = config.get("classes") or ([] if confusion is None else [str(k) for k in range(len(confusion))])
+    history, seconds, kind, points = _series(data)
+    busy = Utilization(kind, points, metrics["gpu_utilization_reason"] if kind == "gpu" else None)
+    utilization = str(busy) if kind == "gpu" else f"GPU utilisation: n/a ({metrics['gpu_utilization_reason']}). {busy}"
+    if words is None:
+        words = own_words(metrics["lab"])
+    elif isinstance(words, Path):
+        words = words.read_text(encoding="utf-8")
+    checked = "every checksum matched" if metrics["verified"] else "no checksums to match"
+    what = [
+        ("notebook 实验", metrics["lab"]),
+        ("data 数据", f"{metrics['dataset']} ({metrics['source']}, {checked})"),
+        ("parameters 参数量", f"{metrics['parameters']:,}"),
+        ("epochs 训练轮数", metrics["epochs"]),
+        ("time of training 训练时间", f"{metrics['train_seconds']:.1f} s"),
+        ("test loss 测试损失", f"{metrics['test_loss']:.4f}"),
+        ("seed 随机种子", metrics["seed"]),
+        ("begun, finished 起止时间", f"{metrics['started']}, {metrics['finished']}"),
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    where = [("device 设备", metrics["device"]), ("processes 进程数", metrics["world_size"])]
+    where += [
+        ("precision 精度", metrics["precision"]),
+        ("versions 软件版本", versions),
+        ("git", config.get("git") or "none"),
+    ]
+    values = dict(
+        title=f"{metrics['lab'].upper()} · {metrics['dataset']} · {data['path'].resolve().name}", metrics=metrics
+    )
+    values |= dict(stand_in=metrics["source"] == "stand-in", what=what, where=where, utilization=utilization)
+    values |= dict(
+        settings=config["settings"].items(), words=_markdown(words) if words.strip() else "", classes=classes
+    )
+    values["curves"] = _svg(curves(history, *((seconds, busy) if len(seconds) == len(history) > 0 else ())))
+    values["tables"] = [(name, _markdown(text)) for name, text in data["tables"].items()]
+    values["mistakes"] = [
+        (tag.split(" ", 1)[-1], base64.b64encode(picture).decode())
+        for tag, picture in data["pictures"].items()
+        if tag.startswith("mistakes/")
+    ]
+    if confusion is not None and confusion.sum():
+        values |= dict(
+            count=int(confusion.sum()), interval=confidence_interval(metrics["test_accuracy"], confusion.sum())
+        )
+        if len(classes) <= 20:
+            totals = np.maximum(confusion.sum(axis=1), 1)
+            values["confusion"] = [
+                {
+                    "cells": [(int(count), count / total) for count in line],
+                    "accuracy": f"{line[k] / total:.1%}" if line.sum() else "no image",
+                }
+                for k, (line, total) in enumerate(zip(confusion, totals, strict=True))
+            ]
+        wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
+        order = wrong.ravel().argsort(kind="stable")[::-1][:10]
+        pairs = [np.unravel_index(place, wrong.shape) for place in order if wrong.ravel()[place]]
+        values["taken"] = [(classes[i], classes[j], int(wrong[i, j])) for i, j in pairs]
+    with replacing(data["path"] / "report.html") as temporary:
+        temporary.write_text(_render("report", **values), encoding="utf-8")
+    return data["path"] / "report.html"
+
+
+def show_report(run: str | Path, height: int = 700) -> None:
+    """Write the run's report and show it in the notebook; a failure is one printed line, for the training is done."""
+    try:
+        path = write_report(run)
+    except Exception as error:
+        print(f"The report could not be written: {_reason(error)}. To try again: python -m helpers report <run>")
+        return
+    print(f"{path.relative_to(HERE) if path.is_relative_to(HERE) else path}, {path.stat().st_size / 1e3:.0f} kB")
+    if in_notebook():
+        import html
+
+        from IPython.display import HTML, display
+
+        page = html.escape(path.read_text(encoding="utf-8"))
+        style = "width: 100%; box-sizing: border-box; border: 1px solid"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # IFrame cannot hold a page, only its address
+            display(HTML(f'<iframe srcdoc="{page}" height="{height}" style="{style}"></iframe>'))
+
+
+def write_comparison(runs: list[str | Path], output: str | Path) -> Path:
+    """Write a page that compares runs: their metrics and the settings that differ, and their curves overlaid."""
+    read = [read_run(run) for run in runs]
+    names = [f"{run['metrics']['lab']}/{run['path'].resolve().name}" for run in read]
+    shown = {
+        "data 数据": lambda m: f"{m['dataset']} ({m['source']})",
+        "test accuracy 测试准确率": lambda m: f"{m['test_accuracy']:.2%}",
+        "test loss 测试损失": lambda m: f"{m['test_loss']:.4f}",
+        "time of training 训练时间": lambda m: f"{m['train_seconds']:.1f} s",
+        "images/s": lambda m: f"{m['images_per_second']:,.0f}",
+        "parameters 参数量": lambda m: f"{m['parameters']:,}",
+        "epochs 训练轮数": lambda m: m["epochs"],
+        "device 设备": lambda m: m["device"],
+        "precision 精度": lambda m: m["precision"],
+    }
+    lines = [(name, [str(show(run["metrics"])) for run in read]) for name, show in shown.items()]
+    for setting in dict.fromkeys(name for run in read for name in run["config"]["settings"]):
+        values = [str(run["config"]["settings"].get(setting, "")) for run in read]
+        lines += [(setting, values)] if len(set(values)) > 1 else []
+    canvas, axes = figure(2, 1, size=(9, 6.5))
+    for number, (run, name) in enumerate(zip(read, names, strict=True)):
+        history, seconds, *_ = _series(run)
+        color, line = COLORS[number % len(COLORS)], ("-", "--", ":", "-.")[number // len(COLORS) % 4]
+        for axis, times in ((axes[0], list(range(1, len(history) + 1))), (axes[1], seconds)):
+            part = "validation" if any(math.isfinite(e["validation_accuracy"]) for e in history) else "train"
+            accuracy = [100 * entry[f"{part}_accuracy"] for entry in history]
+            if len(times) == len(accuracy):
+                axis.plot(times, accuracy, line, color=color, marker="o", markersize=3, label=f"{name} ({part})")
+    for axis, label in zip(axes, ("epoch", "time spent training (s)"), strict=True):
+        axis.set(xlabel=label, ylabel="accuracy (%)")
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=9)
+    lines = [(name, values, len(set(values)) > 1) for name, values in lines]
+    output = Path(output)
+    page = _render(
+        "comparison", title=f"{len(read)} runs compared 实验对比", runs=names, lines=lines, curves=_svg(canvas)
+    )
+    with replacing(output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return output
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m helpers report RUN [--words FILE]`, or `compare RUN RUN ... [--output FILE]`."""
+    parser = argparse.ArgumentParser(prog="python -m helpers", description="Work on finished runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="write report.html into a run's directory again")
+    report.add_argument("run", type=Path)
+    report.add_argument("--words", type=Path, help="a Markdown file with your own words")
+    compare = commands.add_parser("compare", help="write a page that compares runs")
+    compare.add_argument("runs", type=Path, nargs="+")
+    compare.add_argument("--output", type=Path, default=Path("compare.html"))
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.command == "report":
+            print(write_report(chosen.run, chosen.words))
+        else:
+            print(write_comparison(chosen.runs, chosen.output))
+    except (LabError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,18 +1,21 @@
-"""Ours beside the peer, in one run: `python tests/bench.py start|input|mnist|cifar|growth [--seconds S] [--seeds N]`.
+"""Ours beside the peer, in one run: `python tests/bench.py start|input|mnist|cifar|growth|logging [--seconds S]`.
 
 start: import and data-ready times. input: images/s of the resident loader against the classic one, at CIFAR size.
 mnist: seconds of training to 99.0 % test accuracy, LeNet-5 of the page against the well-known two-convolution example.
 cifar: accuracy, FLOPs and seconds of the page's full recipe against the published one (LAB_DATASET names the data).
 growth: images/s and memory for 1, 2 and 4 times the data, and for once and twice the widths.
+logging: what TensorBoard and the monitor cost, as a share of the training time of both pages' default settings.
 The machines that this runs on are shared: read the ratios, not the seconds.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import unittest.mock
 from copy import deepcopy
@@ -22,6 +25,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import helpers
@@ -330,10 +334,76 @@ def growth(arguments) -> None:
     table("Training steps of CIFAR.ipynb's network, 32 × 32, batches of 500, fp32", header, rows)
 
 
+# ----------------------------------------------------------------------------------------------------------- logging
+
+
+def logging(arguments) -> None:
+    """Seconds of what is logged each epoch and once a run, beside an epoch of training; the monitor on and off."""
+    helpers.reuse_memory()
+    rows, device = [], helpers.pick_device()
+    for name, dataset, shape, count in (
+        ("MNIST.ipynb", "MNIST", (1, 28, 28), 55_000),
+        ("CIFAR.ipynb", "CIFAR10", (3, 32, 32), 45_000),
+    ):
+        page = notebooks.page(name)
+        split = helpers.stand_in(dataset, True, shape, count)  # the pictures' content changes no cost
+        half = torch.full((shape[0],), 0.5)
+        options = dict(batch_size=page["BATCH_SIZE"], device=device, mean=half, std=half, memory_format=LAYOUT)
+        loader = helpers.ResidentLoader(split, **options, shuffle=True, translate=1)
+        images, labels = next(iter(loader))
+        if name == "MNIST.ipynb":
+            model = page["LeNet5"]().to(device, memory_format=LAYOUT)
+            run = (nn.CrossEntropyLoss(), *page["make_optimizer"](model, 10**6))
+        else:
+            model = page["FastCNN"](page["WIDTHS"], page["DEPTHS"]).to(device, memory_format=LAYOUT)
+            page["whiten"](model.whiten, images)
+            scaler = torch.amp.GradScaler(device.type, enabled=False)
+            run = (nn.CrossEntropyLoss(), *page["make_optimizers"](model, 10**6), 26, "fp32", scaler)  # mean size
+        steps = max(3, round(arguments.seconds))
+        monitor, rates = helpers.Monitor(device), {True: [], False: []}
+        for round_number in range(2 * arguments.repeats + 2):
+            watched = round_number % 2 == 0
+            with monitor if watched else contextlib.nullcontext():
+                begin = time.perf_counter()
+                page["train_one_epoch"](model, [(images, labels)] * steps, *run)[0].tolist()
+                rates[watched].append(steps / (time.perf_counter() - begin))
+        epoch = len(loader) / statistics.median(rates[False][1:])
+        with tempfile.TemporaryDirectory() as folder:
+            writer = SummaryWriter(folder)
+            begin = time.perf_counter()
+            for number in range(3):
+                for scalar in range(len(loader) // 10 + 10):
+                    writer.add_scalar(f"scalar/{scalar % 10}", 0.5, number)
+                helpers.log_histograms(writer, model, number)
+                helpers.log_pictures(writer, model, images[:1], number)
+                writer.flush()
+            each = (time.perf_counter() - begin) / 3
+            begin = time.perf_counter()
+            helpers.log_graph(writer, model, images[:1])
+            test = helpers.stand_in(dataset, False, shape, 10_000)
+            logits = torch.randn(len(test), len(test.classes))
+            matrix = helpers.confusion_matrix(logits, test.labels)
+            writer.add_figure("a", helpers.show_confusion(matrix, test.classes, test.provenance))
+            writer.add_figure("b", helpers.show_classes(matrix, test.classes, test.provenance))
+            for k in range(len(test.classes)):
+                writer.add_pr_curve(f"pr/{k}", test.labels == k, logits.softmax(dim=1)[:, k])
+            some = test.subset(torch.arange(1_000))
+            features = helpers.penultimate(model, helpers.ResidentLoader(some, **options))
+            writer.add_embedding(features, some.labels.tolist(), some.images / 255)
+            writer.close()
+            once = time.perf_counter() - begin
+        epochs = page["EPOCHS"]
+        share = (each * epochs + once) / (epoch * epochs)
+        slower = statistics.median(a / b for a, b in zip(rates[False][1:], rates[True][1:], strict=True)) - 1
+        rows.append([name, epochs, epoch, each, once, f"{share:.1%}", f"{slower:+.1%}"])
+    header = ["page, default budget", "epochs", "an epoch's training, s", "logging an epoch, s", "once a run, s"]
+    table("Cost of logging and of the monitor", [*header, "logging / training", "monitor slows training by"], rows)
+
+
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=("start", "input", "mnist", "cifar", "growth"))
+    parser.add_argument("benchmark", choices=("start", "input", "mnist", "cifar", "growth", "logging"))
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement of a rate")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is shown")
     parser.add_argument("--seeds", type=int, default=3)

@@ -76,8 +76,8 @@ def test_figure_is_drawn_modest_in_size_and_says_stand_in(name, shown):
 def test_curves_have_axes_with_units(shown):
     helpers.show_curves(HISTORY, REAL)
     axes = shown[0].axes
-    assert [axis.get_xlabel() for axis in axes] == ["epoch", "epoch"]
-    assert [axis.get_ylabel() for axis in axes] == ["cross-entropy (nats)", "accuracy (%)"]
+    assert [axis.get_xlabel() for axis in axes] == ["", "epoch"]
+    assert [axis.get_ylabel() for axis in axes] == ["accuracy (%)", "loss (nats)"]
 
 
 def test_trace_shapes():

@@ -21,7 +21,11 @@ CURVES = {
     "accuracy/validation",
     "learning_rate",
     "images_per_second",
+    "train_seconds",
+    "gradient_norm",
 }
+TEST = {"loss/step", "test/accuracy", "test/loss"}
+PICTURES = {"samples/training", "samples/augmented", "filters/first_layer", "test/confusion", "test/classes"}
 
 
 def run(name, runs, **settings):
@@ -36,9 +40,17 @@ def read_run(runs, lab):
     """Return the only run's metrics and scalars by tag, after a look at its files."""
     [directory] = (runs / lab).iterdir()
     [events] = directory.glob("events.out.tfevents.*")
-    assert {path.name for path in directory.iterdir()} == {"checkpoint.pt", "config.json", "metrics.json", events.name}
+    files = {"checkpoint.pt", "config.json", "metrics.json", "report.html", events.name}
+    assert {path.name for path in directory.iterdir() if path.is_file()} - {"projector_config.pbtxt"} == files
     accumulator = EventAccumulator(str(events)).Reload()
-    scalars = {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+    tags = accumulator.Tags()
+    scalars = {tag: accumulator.Scalars(tag) for tag in tags["scalars"] if not tag.startswith("cpu/")}
+    assert set(tags["images"]) >= PICTURES
+    assert any(tag.startswith("feature_maps/") for tag in tags["images"])
+    assert any(tag.startswith("gradients/") for tag in tags["histograms"])
+    assert tags["graph"]
+    assert set(tags["tensors"]) >= {"test/confusion_counts", "_hparams_/session_start_info", "custom_scalars__config__"}
+    assert any(tag.startswith("precision_recall/") for tag in tags["tensors"])
     metrics = json.loads((directory / "metrics.json").read_text())
     assert list(metrics) == helpers.METRICS
     assert 0 <= metrics["test_accuracy"] <= 1
@@ -64,7 +76,11 @@ def test_mnist_page_on_an_image_folder(tmp_path):
     metrics, scalars = read_run(tmp_path / "runs", "mnist")
     assert (metrics["dataset"], metrics["source"], metrics["verified"]) == ("photos", "image-folder", False)
     assert metrics["epochs"] == 3
-    assert set(scalars) == CURVES | {"loss/step", "test/accuracy", "test/loss"}
+    assert set(scalars) == CURVES | TEST
+    [report] = (tmp_path / "runs").glob("mnist/*/report.html")
+    page = report.read_text(encoding="utf-8")
+    assert f"{metrics['test_accuracy']:.2%}".replace("%", " %") in page
+    assert "灰" in page
 
 
 def test_cifar_page_on_cifar100_without_validation(tmp_path):
@@ -75,11 +91,8 @@ def test_cifar_page_on_cifar100_without_validation(tmp_path):
     assert "STAND-IN, not CIFAR100" in process.stdout
     metrics, scalars = read_run(tmp_path / "runs", "cifar")
     assert (metrics["dataset"], metrics["source"], metrics["seed"]) == ("CIFAR100", "stand-in", 5)
-    assert set(scalars) == (CURVES - {"loss/validation", "accuracy/validation"}) | {
-        "loss/step",
-        "test/accuracy",
-        "test/accuracy_averaged_views",
-        "test/loss",
+    assert set(scalars) == (CURVES - {"loss/validation", "accuracy/validation"}) | TEST | {
+        "test/accuracy_averaged_views"
     }
 
 
