@@ -1,8 +1,9 @@
 """What both notebooks share and nobody learns from by reading it in the middle of a lab.
 
-Settings, environment check, data, device-resident batches, device and precision, evaluation, run directories,
-progress and figures. The model, the training step, the loops and the logging lines are on the notebooks' pages.
-Importing this module reads no file, starts nothing and prints nothing.
+In this order: settings, environment check, device and precision, processes, data and downloads, device-resident
+batches, evaluation, run directories and checkpoints, TensorBoard, GPU monitor, progress, figures, report, command line.
+The model, the training step, the loops and the logging lines are on the notebooks' pages. Importing this module reads
+no file, starts nothing and prints nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import atexit
 import base64
 import contextlib
 import ctypes
+import errno
 import functools
 import gzip
 import hashlib
@@ -31,13 +33,16 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 import warnings
+import zipfile
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -59,6 +64,13 @@ class DataUnavailable(LabError):
 
 MODULE_SETTINGS = {"DATA", "FAST", "MIRRORS", "OFFLINE", "RUNS"}  # read here, not in a settings cell
 TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+
+
+RANGES = {  # of settings whose names end so
+    **dict.fromkeys(("EPOCHS", "BATCH_SIZE"), (1, math.inf)),
+    **dict.fromkeys(("_RATE", "DECAY", "VALIDATION", "TRANSLATE", "DISTORT", "EMBEDDINGS", "PROCESSES"), (0, math.inf)),
+    **dict.fromkeys(("MOMENTUM", "SMOOTHING"), (0, 1)),
+}
 
 
 def parse_setting(name: str, text: str, default):
@@ -83,7 +95,8 @@ def override_settings(namespace: dict) -> dict:
     """Replace UPPER_CASE names in `namespace` by their `LAB_<NAME>` environment variables; return all of them.
 
     Call it on the last line of the settings cell with `globals()`. Raises LabError for a value that cannot be
-    parsed, and for a `LAB_` variable that neither the cell nor this module knows.
+    parsed, for a `LAB_` variable that neither the cell nor this module knows, and for settings that differ between
+    processes that train together.
     """
     known = {k for k, v in namespace.items() if k.isupper() and isinstance(v, bool | int | float | str | tuple)}
     for variable in sorted(v for v in os.environ if v.startswith("LAB_")):
@@ -93,7 +106,18 @@ def override_settings(namespace: dict) -> dict:
         if name not in known:
             raise LabError(f"{variable} is no setting of this notebook. It knows: {', '.join(sorted(known))}.")
         namespace[name] = parse_setting(name, os.environ[variable], namespace[name])
-    return {name: namespace[name] for name in sorted(known)}
+    settings = {name: namespace[name] for name in sorted(known)}
+    for name, value in settings.items():
+        low, high = next((r for end, r in RANGES.items() if name.endswith(end)), (-math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise LabError(
+                f"LAB_{name}={value}: must be {f'from {low} to {high}' if high < math.inf else f'at least {low}'}."
+            )
+    for rank, others in enumerate(from_all_ranks(settings)):
+        if odd := [name for name in settings if others.get(name) != settings[name]]:
+            ours, theirs = ({name: values.get(name) for name in odd} for values in (settings, others))
+            raise LabError(f"Settings differ between processes: {ours} on rank {_world.rank}, {theirs} on rank {rank}.")
+    return settings
 
 
 def flag(name: str) -> bool:
@@ -317,6 +341,270 @@ def try_compile(model: nn.Module, examples: list[torch.Tensor], precision: str =
     return fast
 
 
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together: number `rank` of `size`, number `local_rank` on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+
+_world, _store, _turns = World(), None, 0
+
+
+def join_world(seconds: float = 60) -> World:
+    """Join the processes that torchrun started with this one, and return this one's place; alone, rank 0 of 1.
+
+    Rank 0 prints for all: the others' output goes nowhere, their errors to stderr. Called again it returns the same.
+    Raises LabError where not all came within `seconds`, or a machine has fewer GPUs than processes.
+    """
+    global _world, _store
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or _world.size > 1:
+        return _world
+    _world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    _route_output(_world.rank)
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    on_gpus = torch.cuda.is_available() and os.environ.get("LAB_DEVICE", "auto") != "cpu"
+    if on_gpus and here > gpus:
+        raise LabError(
+            f"{here} processes on this machine, but {gpus} GPU(s). Use --nproc-per-node={gpus}, or LAB_DEVICE=cpu."
+        )
+    if on_gpus:
+        torch.cuda.set_device(_world.local_rank)
+    try:
+        store = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+    except (RuntimeError, ValueError) as error:  # nobody answers at MASTER_ADDR, the port is taken, a name is missing
+        raise LabError(f"The {size} processes did not come within {seconds:.0f} s: {_reason(error)}") from None
+    # What a job wrote there before torchrun restarted it must not be read again.
+    _store = store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store.set(f"here/{_world.rank}", "1")
+    waited = time.monotonic() + seconds
+    missing = list(range(size))
+    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
+        if time.monotonic() > waited:
+            names = ", ".join(map(str, missing))
+            raise LabError(
+                f"Of {size} processes, number {names} did not come within {seconds:.0f} s. Did it end early?"
+            )
+        time.sleep(0.1)
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    group = dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=group, rank=_world.rank, world_size=size, timeout=timedelta(minutes=10))
+    atexit.register(leave_world)
+    return _world
+
+
+@contextlib.contextmanager
+def rank_0_first(what: str, seconds: float = 3600):
+    """Let rank 0 run the block before the other ranks do, such as a download. Raises LabError after `seconds`."""
+    global _turns
+    _turns += 1
+    key = f"turn/{_turns}"
+    if _world.rank:
+        try:
+            _store.wait([key], timedelta(seconds=seconds))
+        except RuntimeError:
+            raise LabError(f"Rank {_world.rank} waited {seconds:.0f} s in vain for rank 0 to {what}.") from None
+    yield
+    if _world.size > 1 and _world.rank == 0:
+        _store.set(key, "1")
+
+
+def leave_world() -> None:
+    """End the process group, if there is one."""
+    global _world
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        # Gloo's threads let go of the last tensors a moment later; an interpreter that ends before aborts in them.
+        time.sleep(0.3)
+    _world = World()
+
+
+def _route_output(rank: int) -> None:
+    """Silence the prints of all ranks but 0, and send every rank's traceback to stderr with its number."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+
+        def show_traceback(kind, error, lines):
+            if rank and issubclass(kind, LabError):
+                time.sleep(3)  # a wrong input is the same for all: rank 0 says it, and ends the others meanwhile
+            print(f"[rank {rank}]", "\n".join(lines), file=sys.stderr, flush=True)
+
+        shell._showtraceback = show_traceback
+    if rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the process ends)
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """Return the model as the training step should call it: with several processes each gradient becomes the mean over
+    them during the backward pass; alone it is the model itself.
+
+    All ranks begin with rank 0's weights. Batch statistics stay local to a rank, see `average_over_ranks`.
+    """
+    if _world.size == 1:
+        return model
+    device = next(model.parameters()).device
+    ids = [device.index] if device.type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the option's new name does not exist in all versions
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+
+def sum_over_ranks(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the sums of the tensors over all processes, in one exchange; alone, the tensors. Nothing waits here."""
+    if _world.size == 1:
+        return tensors
+    flat = torch.cat([tensor.double().flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True))
+
+
+@torch.no_grad()
+def average_over_ranks(model: nn.Module) -> None:
+    """Set the model's running statistics to their mean over all processes; alone, leave them."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if _world.size > 1 and buffers:
+        for buffer, total in zip(buffers, sum_over_ranks(*buffers), strict=True):
+            buffer.copy_(total / _world.size)
+
+
+def from_rank_0(value):
+    """Return rank 0's value on all ranks; alone, the value. For plain Python values."""
+    if _world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all_ranks(value) -> list:
+    """Return the values of all ranks, in their order. For plain Python values."""
+    if _world.size == 1:
+        return [value]
+    values = [None] * _world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+class EventWriter:
+    """TensorBoard's `SummaryWriter`, which never brings down the training: after its first failure (a full disk, a
+    folder that became read-only) it says so once and does nothing more. On ranks other than 0 it does nothing.
+    """
+
+    def __init__(self, run: Path):
+        self.failure, self.writer = None, None
+        if _world.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._try(lambda: setattr(self, "writer", SummaryWriter(run)))
+
+    def _try(self, action):
+        try:
+            return action()
+        except OSError as error:  # also when the writing thread met it
+            self.failure, self.writer = _reason(error), None
+            print(f"TensorBoard's events can no longer be written, the training goes on: {self.failure}")
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            if self.writer is not None:
+                self._try(lambda: getattr(self.writer, name)(*arguments, **options))
+
+        return call
+
+    def add_summary(self, summary) -> None:
+        """Write a summary or event that `SummaryWriter` has no method for."""
+        if self.writer is not None:
+            add = self.writer.file_writer.event_writer.add_event if hasattr(summary, "wall_time") else None
+            self._try(lambda: (add or self.writer.file_writer.add_summary)(summary))
+
+
+def event_writer(run: Path, checkpoint: dict | None = None) -> EventWriter:
+    """Return a writer of TensorBoard's events into the run's directory.
+
+    When the run is resumed, its new events file begins with what the old one held at the checkpoint, and the old one
+    goes: one file, and no epoch twice.
+    """
+    old, kept = sorted(run.glob("events.out.tfevents.*")) if _world.rank == 0 else [], b""
+    if checkpoint and checkpoint.get("events") and old:
+        name, size = checkpoint["events"]
+        kept = (run / name).read_bytes()[:size] if (run / name).exists() else b""
+    writer = EventWriter(run)
+    if kept:
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+        with tempfile.TemporaryDirectory() as scratch:
+            Path(scratch, "events").write_bytes(kept)
+            for event in LegacyEventFileLoader(str(Path(scratch, "events"))).Load():
+                if not event.HasField("file_version"):
+                    writer.add_summary(event)
+        writer.flush()
+    for path in old if writer.failure is None else []:
+        path.unlink()
+    return writer
+
+
+def launch(notebook: str, processes: int, seconds: float = 3600, **settings) -> None:
+    """Run a notebook in several processes of this machine with torchrun, showing rank 0's output as it comes.
+
+    `settings` become `LAB_` variables. Nothing stays behind, however this ends. Inside such a process it only says so.
+    Raises LabError with the traceback of the rank that failed first, or after `seconds`.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        print(f"This is process {_world.rank} of {_world.size} already: nothing more is started.")
+        return
+    import psutil
+
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("JPY_", "VSCODE_", "COLAB_"))}
+    variables |= {f"LAB_{name}": str(value) for name, value in settings.items()}
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    with tempfile.TemporaryDirectory(prefix="launch-") as logs, open(Path(logs, "torchrun"), "w+b") as messages:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += [f"--log-dir={logs}", "--redirects=3", "-m", "IPython", "--colors=NoColor", str(HERE / notebook)]
+        process = subprocess.Popen(
+            command, env=variables, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, start_new_session=True
+        )
+        shown, end = 0, time.monotonic() + seconds
+        try:
+            while True:
+                running = process.poll() is None
+                for path in Path(logs).glob("*/attempt_*/0/stdout.log"):
+                    text = path.read_bytes()[shown:]
+                    text = text if not running else text[: text.rfind(b"\n") + 1]
+                    shown += len(text)
+                    print(text.decode(errors="replace"), end="", flush=True)
+                if not running:
+                    break
+                if time.monotonic() > end:
+                    raise LabError(f"{notebook} in {processes} processes did not end within {seconds:.0f} s: stopped.")
+                time.sleep(0.2)
+        finally:
+            family = [process.pid] if process.poll() is None else []
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children(recursive=True) if family else []
+                process.terminate() if family else None
+                _, alive = psutil.wait_procs([psutil.Process(pid) for pid in family] + children, timeout=10)
+                for one in alive:
+                    one.kill()
+            process.wait()
+        if process.returncode:
+            messages.seek(0)
+            report = messages.read().decode(errors="replace")
+            cause = report.partition("Root Cause")[2] or report
+            rank = next((line.split(":")[1].split()[0] for line in cause.splitlines() if "rank  " in line), "0")
+            errors = [path.read_text(errors="replace") for path in Path(logs).glob(f"*/attempt_*/{rank}/stderr.log")]
+            text = "".join(errors).strip()[-4000:] or report.strip()[-2000:]
+            raise LabError(f"{notebook} in {processes} processes: rank {rank} failed.\n{text}")
+
+
 # -------------------------------------------------------------------------------------------------------------- data
 
 
@@ -389,6 +677,9 @@ MIRRORS = {  # tried in this order, after LAB_MIRRORS
     ),
     "CIFAR100": (TORONTO,),
 }
+TIMEOUTS = (5, 15)  # seconds to connect, and of silence
+LARGEST = 400_000_000  # bytes; no archive has half of it
+SLOW_SECONDS, SLOW_RATE = 10, 50_000  # a mirror must send so many bytes a second, over so many seconds
 SIZES = {"MNIST": (60_000, 10_000), "CIFAR": (50_000, 10_000), "smoke": (2_000, 500)}  # training, test
 
 
@@ -401,14 +692,16 @@ def load(dataset: str, train: bool, shape: tuple[int, int, int]) -> Split:
     of another shape, an unreadable folder.
     """
     if dataset not in MIRRORS:
-        return _load_folder(dataset, train, shape)
+        with rank_0_first(f"read {dataset}"):
+            return _load_folder(dataset, train, shape)
     kind = "MNIST" if "MNIST" in dataset else "CIFAR"
     if shape != ((1, 28, 28) if kind == "MNIST" else (3, 32, 32)):
         raise LabError(f"LAB_DATASET={dataset} belongs to {kind}.ipynb: its images have another shape than {shape}.")
     if flag("FAST"):
         return stand_in(dataset, train, shape, SIZES["smoke"][not train])
     try:
-        return _load_official(dataset, train)
+        with rank_0_first(f"load {dataset}"):
+            return _load_official(dataset, train)
     except DataUnavailable as error:
         if train:
             print(
@@ -510,8 +803,11 @@ def download(dataset: str, name: str, checksum: str, home: Path) -> Path:
                     try:  # returns at once when another process was faster
                         return Path(pooch.retrieve(url, f"md5:{checksum}", name, home, downloader=_stream))
                     except Exception as error:  # whatever a server, a proxy or the network does: the next mirror
-                        reasons.append(f"  {url}: {type(error).__name__}: {str(error)[:200]}")
+                        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                            raise
+                        reasons.append(f"  {url}: {type(error).__name__}: {str(error)[:300]}")
     except (OSError, filelock.Timeout) as error:
+        (home / f".{name}.part").unlink(missing_ok=True) if isinstance(error, OSError) else None
         reasons.append(f"  {home}: {error}")
     raise DataUnavailable(
         f"{dataset}: {name} is not in {home} and cannot be downloaded:\n"
@@ -521,18 +817,50 @@ def download(dataset: str, name: str, checksum: str, home: Path) -> Path:
 
 
 def _stream(url: str, output_file, pooch) -> None:
-    """Download `url` for pooch: connect within 5 s, no silence over 15 s, at least 50 kB/s after 20 s."""
+    """Download `url` for pooch: connect within 5 s, no silence over 15 s, not slower than SLOW_RATE.
+
+    What came is kept as `.<name>.part` beside the target, and the next try, of any mirror, asks for the rest only.
+    """
     import requests
 
-    start, received = time.monotonic(), 0
-    with requests.get(url, stream=True, timeout=(5, 15)) as answer, open(output_file, "wb") as file:
+    part = Path(output_file).with_name(f".{url.rsplit('/', 1)[-1]}.part")
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, stream=True, timeout=TIMEOUTS, headers=headers) as answer:
+        if answer.status_code == 416:  # nothing is left to send, or the part is longer than the file: begin anew
+            part.unlink(missing_ok=True)
         answer.raise_for_status()
-        for chunk in answer.iter_content(1 << 16):
-            file.write(chunk)
-            received += len(chunk)
-            seconds = time.monotonic() - start
-            if seconds > 20 and received < 50_000 * seconds:
-                raise TimeoutError(f"only {received / seconds / 1e3:.0f} kB/s")
+        if "text/html" in answer.headers.get("Content-Type", ""):
+            raise ValueError("a web page instead of the file (does the network want a login?)")
+        have = have if answer.status_code == 206 else 0
+        length = int(answer.headers.get("Content-Length", 0))
+        received, before, start, shown = 0, 0, time.monotonic(), 0.0
+        # One read, whatever has come: waiting for a full block would hide a trickle from the clock.
+        read = functools.partial(getattr(answer.raw, "read1", answer.raw.read), 1 << 12, decode_content=False)
+        with open(part, "ab" if have else "wb") as file:
+            for chunk in iter(read, b""):
+                file.write(chunk)
+                received += len(chunk)
+                shown = _show_download(url, have + received, have + length, shown)
+                if have + received > LARGEST:
+                    file.truncate(0)
+                    raise ValueError(f"more than {LARGEST / 1e6:.0f} MB, larger than any of the archives")
+                if time.monotonic() - start > SLOW_SECONDS:
+                    if received - before < SLOW_RATE * SLOW_SECONDS:
+                        raise TimeoutError(f"only {(received - before) / SLOW_SECONDS / 1e3:.1f} kB/s")
+                    before, start = received, time.monotonic()
+        if length and received < length:
+            raise ConnectionError(f"ended after {received:,} of {length:,} bytes")
+    os.replace(part, output_file)
+
+
+def _show_download(url: str, received: int, length: int, shown: float) -> float:
+    """On a terminal, write how far a download is, once a second; return when that was."""
+    if time.monotonic() - shown < 1 or in_notebook() or not sys.stderr.isatty():
+        return shown
+    share = f" of {length / 1e6:.0f}" if length > received else ""
+    print(f"\r\033[K{url.rsplit('/', 1)[-1]}: {received / 1e6:.1f}{share} MB", end="\r", file=sys.stderr, flush=True)
+    return time.monotonic()
 
 
 def read_idx(data: bytes) -> torch.Tensor:
@@ -710,10 +1038,18 @@ class ResidentLoader:
         count, channels, height, width = self.shape = split.images.shape
         if batch_size < 1:
             raise LabError(f"LAB_BATCH_SIZE={batch_size}: must be at least 1.")
+        if shuffle and batch_size > count:
+            raise LabError(f"LAB_BATCH_SIZE={batch_size}: larger than the {count:,} training images.")
+        if batch_size % world_size:
+            raise LabError(
+                f"LAB_BATCH_SIZE={batch_size} cannot be shared by {world_size} processes: use a multiple of it."
+            )
         if not 0 <= translate < min(height, width):
             raise LabError(f"LAB_TRANSLATE={translate}: must be from 0 to {min(height, width) - 1} pixels.")
         self.labels, self.batch_size, self.device = split.labels.to(device), batch_size, device
         self.shuffle, self.flip, self.alternate, self.cutout = shuffle, flip, alternate, cutout
+        # In training all ranks get equally many, as the mean over ranks needs it: a rest of the last batch is left out.
+        self.count = count - count % batch_size % world_size if shuffle else count
         self.reach, self.memory_format = 2 * translate + 1, memory_format
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0  # of the next pass; set it to resume
@@ -742,7 +1078,12 @@ class ResidentLoader:
         self.tall, self.piece_shape = tall, (height, *inner)
 
     def __len__(self):
-        return math.ceil(self.shape[0] / self.batch_size)
+        return math.ceil(self.count / self.batch_size)
+
+    def share(self) -> torch.Tensor:
+        """This rank's places in the order of a pass, int64."""
+        place = torch.arange(self.count)
+        return place[place % self.batch_size % self.world_size == self.rank]
 
     def __iter__(self):
         count, reach = self.shape[0], self.reach
@@ -758,15 +1099,16 @@ class ResidentLoader:
 
         # Sorted by batch, flip and offset, all images of a batch with equal treatment are one slice. The sizes of the
         # slices are known here, on the CPU, so no batch waits for the device.
-        place = torch.arange(count)
-        key = (place // self.batch_size * 2 + flips) * reach + right
-        mine = place[place % self.batch_size % self.world_size == self.rank]
+        key = (torch.arange(count) // self.batch_size * 2 + flips) * reach + right
+        mine = self.share()
         mine = mine[key[mine].argsort(stable=True)]
         sizes = torch.bincount(key[mine], minlength=len(self) * 2 * reach).view(-1, 2 * reach)
         index, down, *holes = (t[mine].to(self.device, non_blocking=True) for t in (order, down, *holes))
         end = 0
         for groups in sizes.tolist():
             batch = slice(end, end := end + sum(groups))
+            if batch.start == end:
+                continue  # the last batch of a test has fewer images than there are ranks
             images = self._batch(index[batch] * self.tall + down[batch], groups)
             if self.cutout:
                 inside = []  # of the square: for each image its rows [B, H], its columns [B, W]
@@ -843,15 +1185,26 @@ def images_per_second(loader, device: torch.device, seconds: float = 1.0, step=N
 def predict(model: nn.Module, loader: ResidentLoader, precision: str = "fp32") -> torch.Tensor:
     """Return the model's logits, float32 [N, classes], for all images of an unshuffled loader, in their order.
 
+    With several processes each computes its share, and all get the whole.
     Sets evaluation mode and no gradients, and restores the mode afterwards.
     """
     training = model.training
     model.eval()
     try:
         with torch.inference_mode(), autocast(loader.device, precision):
-            return torch.cat([model(images).float() for images, _ in loader])
+            return _rows_of_all(torch.cat([model(images).float() for images, _ in loader]), loader)
     finally:
         model.train(training)
+
+
+def _rows_of_all(rows: torch.Tensor, loader: ResidentLoader) -> torch.Tensor:
+    """Put together what each rank computed for its share of an unshuffled loader, each image exactly once."""
+    if loader.world_size == 1:
+        return rows
+    table = rows.new_zeros(loader.count, *rows.shape[1:])
+    table[loader.share().to(rows.device)] = rows
+    dist.all_reduce(table)
+    return table
 
 
 def evaluate(model: nn.Module, loader: ResidentLoader, precision: str = "fp32") -> tuple[float, float]:
@@ -884,7 +1237,14 @@ def now() -> str:
 
 
 def new_run(lab: str, tag: str, settings: dict, device: torch.device, classes: tuple[str, ...] = ()) -> Path:
-    """Create `runs/<lab>/<timestamp>-<tag>/`, write its config.json and return its path. No two runs share one."""
+    """Create `runs/<lab>/<timestamp>-<tag>/`, write its config.json and return its path. No two runs share one.
+
+    Rank 0 does so for all ranks.
+    """
+    return from_rank_0(None if _world.rank else _new_run(lab, tag, settings, device, classes))
+
+
+def _new_run(lab, tag, settings, device, classes):
     stamp, number = datetime.now().strftime("%Y%m%d-%H%M%S"), 1
     while True:
         run = folder("RUNS", "runs") / lab / (f"{stamp}-{tag}" if number == 1 else f"{stamp}-{tag}-{number}")
@@ -906,15 +1266,21 @@ def new_run(lab: str, tag: str, settings: dict, device: torch.device, classes: t
     packages = ("torch", "torchvision", "tensorboard", "numpy")
     config["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
     config |= {"git": revision, "started": now(), "classes": list(classes)}
+    config["job"] = os.environ.get("TORCHELASTIC_RUN_ID")
     _write_json(run / "config.json", config)
     return run
 
 
-def write_metrics(run: Path, **metrics) -> None:
-    """Write metrics.json. Raises LabError when a key of the contract is missing or one is unknown."""
+def write_metrics(run: Path, missing: list[str] | None = None, **metrics) -> None:
+    """Write metrics.json. Raises LabError when a key of the contract is missing or one is unknown.
+
+    What failed on the way and is `missing` from the run's directory is listed under that name, where there is any.
+    """
     if set(metrics) != set(METRICS):
         raise LabError(f"metrics.json: missing or unknown keys {sorted(set(metrics) ^ set(METRICS))}.")
-    _write_json(run / "metrics.json", {key: metrics[key] for key in METRICS})
+    if _world.rank == 0:
+        missing = {"missing": [reason for reason in missing if reason]} if any(missing or ()) else {}
+        _write_json(run / "metrics.json", {key: metrics[key] for key in METRICS} | missing)
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -922,21 +1288,152 @@ def _write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_checkpoint(run: Path, epoch: int, model: nn.Module, optimizers: list, schedulers: list) -> None:
-    """Write checkpoint.pt after `epoch` finished epochs: plain types only, so that it loads with weights_only=True."""
-    content = {"epoch": epoch, "model": model.state_dict(), "rng": torch.get_rng_state()}
-    content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    content["schedulers"] = [scheduler.state_dict() for scheduler in schedulers]
-    with replacing(run / "checkpoint.pt") as temporary:
-        torch.save(content, temporary)
+def check_finite(losses: list[float], epoch: int, learning_rate: float, run: Path) -> None:
+    """Raise LabError when the loss of a step is not finite: which step, at what rate, and where to go on from."""
+    bad = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if bad is None:
+        return
+    path, before = run / "checkpoint.pt", ", ".join(f"{loss:.3g}" for loss in losses[max(0, bad - 3) : bad])
+    last = f"The last good checkpoint is {path}." if path.exists() else "There is no checkpoint before it."
+    raise LabError(
+        f"The loss is {losses[bad]} in epoch {epoch}, step {bad + 1} of {len(losses)} (before: {before or 'none'}); "
+        f"learning rate {learning_rate:.3g} at the epoch's end. Lower the learning rate. {last}"
+    )
+
+
+@contextlib.contextmanager
+def memory_advice(batch_size: int):
+    """Turn a CUDA out-of-memory error in the block into one that names the setting to lower; free the memory again."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        text = str(error).splitlines()[0]
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
+    else:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise LabError(f"Out of memory: {text} Lower BATCH_SIZE (LAB_BATCH_SIZE={batch_size // 2} to begin with).")
+
+
+def save_checkpoint(
+    run: Path, epoch: int, model: nn.Module, optimizers: list, schedulers: list, writer=None, **progress
+) -> None:
+    """Write checkpoint.pt after `epoch` finished epochs; the one before becomes checkpoint.previous.pt.
+
+    It holds the state of model, optimizers, schedules and random numbers, `progress` (such as history and seconds),
+    and how far the events file reached. Plain types only, so that it loads with weights_only=True. Rank 0 writes.
+    """
+    if _world.rank == 0:
+        content = {"epoch": epoch, "model": model.state_dict(), "progress": progress}
+        content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        content["schedulers"] = [scheduler.state_dict() for scheduler in schedulers]
+        content["rng"] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            content["rng"]["cuda"] = torch.cuda.get_rng_state()
+        path, events = run / "checkpoint.pt", []
+        if writer is not None:
+            writer.flush()
+            events = sorted(run.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
+        content["events"] = [events[-1].name, events[-1].stat().st_size] if events else []
+        try:
+            with replacing(path) as temporary:
+                torch.save(content, temporary)
+                if path.exists():
+                    os.replace(path, run / "checkpoint.previous.pt")
+        except (OSError, RuntimeError) as error:  # a full disk: torch reports it as a RuntimeError
+            print(f"Epoch {epoch} has no checkpoint, the training goes on: {_reason(error)}")
+    from_rank_0(None)  # the others wait until it is there
 
 
 def load_checkpoint(path: Path) -> dict:
     """Return what `save_checkpoint` wrote, on the CPU. Raises LabError when the file is damaged or holds code."""
+    path = Path(path)
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums of what it reads
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} does not match")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise LabError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        previous = path.with_name("checkpoint.previous.pt")
+        advice = f" The one before it is {previous}: rename it to {path.name} to go on from there."
+        raise LabError(f"{path} is no readable checkpoint: {_reason(error)}." + advice * previous.exists()) from None
+
+
+def open_run(
+    lab: str, resume: str, tag: str, settings: dict, device: torch.device, classes: tuple[str, ...]
+) -> tuple[Path, dict | None]:
+    """Return a run's directory and the checkpoint to go on from: a new directory and None, unless `resume` is set.
+
+    Args:
+        resume: "" for a new run; "latest" for the newest run of this lab that has a checkpoint but no metrics yet; else
+            the path of a run. A job that torchrun restarts resumes its own run by itself.
+
+    Raises LabError when there is nothing to resume, or when the run was made with other settings.
+    """
+    home, job = folder("RUNS", "runs") / lab, os.environ.get("TORCHELASTIC_RUN_ID", "")
+    again = job and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    run = None
+    if resume not in ("", "latest"):
+        run = HERE / Path(resume).expanduser()
+        if not (run / "checkpoint.pt").is_file():
+            raise LabError(f"LAB_RESUME={resume}: no checkpoint.pt in {run}.")
+    elif resume or again:
+        unfinished = [path.parent for path in sorted(home.glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)]
+        unfinished = [path for path in unfinished if not (path / "metrics.json").exists()]
+        if again:
+            unfinished = [path for path in unfinished if _read_config(path).get("job") == job]
+        elif not unfinished:
+            raise LabError(f"LAB_RESUME=latest: no unfinished run with a checkpoint in {home}. Unset it for a new run.")
+        run = unfinished[-1] if unfinished else None
+    run = from_rank_0(run)
+    if run is None:
+        run = new_run(lab, tag, settings, device, classes)
+        print(f"new run {run.name}")
+        return run, None
+    free = {"RESUME", "DEVICE", "COMPILE", "EMBEDDINGS", "ABLATION"}  # what may differ without another training
+    before = _read_config(run).get("settings", {})
+    after = json.loads(json.dumps(settings))
+    if odd := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:
+        odd = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in sorted(odd) if name not in free]
+        if odd:
+            raise LabError(f"{run} cannot go on with other settings: {'; '.join(odd)}.")
+    checkpoint = load_checkpoint(run / "checkpoint.pt")
+    print(f"resuming {run.name} from epoch {checkpoint['epoch']}")
+    return run, checkpoint
+
+
+def _read_config(run: Path) -> dict:
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LabError(f"{run} is no run to go on with: {error}") from None
+
+
+def restore(checkpoint: dict | None, model: nn.Module, optimizers: list, schedulers: list, loader) -> tuple[int, dict]:
+    """Put everything back to where the checkpoint was; return the number of finished epochs and the progress.
+
+    Without a checkpoint that is (0, {}), and the loader begins at its first pass. Raises LabError when the checkpoint
+    is one of another model.
+    """
+    loader.epoch = checkpoint["epoch"] if checkpoint else 0
+    if checkpoint is None:
+        return 0, {}
+    ours, theirs = (
+        {k: tuple(v.shape) for k, v in state.items()} for state in (model.state_dict(), checkpoint["model"])
+    )
+    if ours != theirs:
+        odd = [f"{k}: {theirs.get(k, 'missing')} there, {ours.get(k, 'missing')} here" for k in ours | theirs]
+        odd = [line for line, k in zip(odd, ours | theirs, strict=True) if ours.get(k) != theirs.get(k)]
+        raise LabError(f"The checkpoint is one of another model. {'; '.join(odd[:5])}.")
+    model.load_state_dict(checkpoint["model"])
+    for ones, states in ((optimizers, checkpoint["optimizers"]), (schedulers, checkpoint["schedulers"])):
+        for one, state in zip(ones, states, strict=True):
+            one.load_state_dict(state)
+    torch.set_rng_state(checkpoint["rng"]["cpu"])
+    if "cuda" in checkpoint["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+    return checkpoint["epoch"], checkpoint["progress"]
 
 
 # ------------------------------------------------------------------------------------------------- TensorBoard
@@ -975,6 +1472,12 @@ def log_histograms(writer, model: nn.Module, epoch: int, bins: int = 64) -> None
         writer.add_histogram_raw(name, low, high, tensor.numel(), total, squares, limits, counts, epoch)
 
 
+def gradient_norm(model: nn.Module) -> float:
+    """The Euclidean length of the last step's gradient, over all parameters."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return nn.utils.get_total_norm(gradients).item()
+
+
 def log_pictures(writer, model: nn.Module, images: torch.Tensor, epoch: int) -> None:
     """Log the first layer's filters, and the feature maps of the first of `images` after each stage of the model."""
     from torchvision.utils import make_grid
@@ -983,10 +1486,12 @@ def log_pictures(writer, model: nn.Module, images: torch.Tensor, epoch: int) -> 
     filters = filters if filters.shape[1] == 3 else filters[:, :1]
     filters = F.interpolate(filters, scale_factor=max(1, 24 // filters.shape[-1]))
     writer.add_image("filters/first_layer", make_grid(filters, normalize=True, scale_each=True), epoch)
-    for name, _, out in _stage_outputs(model, images[:1]):
+    for number, (name, _, out) in enumerate(_stage_outputs(model, images[:1]), 1):
         if out.ndim == 4 and min(out.shape[2:]) > 1:
             picture = F.interpolate(out[0, :64, None].float(), scale_factor=max(1, 32 // out.shape[-1]))
-            writer.add_image(f"feature_maps/{name}", make_grid(picture, normalize=True, scale_each=True), epoch)
+            writer.add_image(
+                f"feature_maps/{number:02}_{name}", make_grid(picture, normalize=True, scale_each=True), epoch
+            )
 
 
 def log_comparable(writer, settings: dict, metrics: dict) -> None:
@@ -1000,7 +1505,7 @@ def log_comparable(writer, settings: dict, metrics: dict) -> None:
         name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()
     }
     for summary in hparams(plain, metrics):
-        writer.file_writer.add_summary(summary)
+        writer.add_summary(summary)
 
 
 def penultimate(model: nn.Module, loader: ResidentLoader) -> torch.Tensor:
@@ -1012,7 +1517,7 @@ def penultimate(model: nn.Module, loader: ResidentLoader) -> torch.Tensor:
         predict(model, loader)
     finally:
         hook.remove()
-    return torch.cat(received)
+    return _rows_of_all(torch.cat(received), loader)
 
 
 # TensorBoard in a process that ends when the kernel is no longer its parent, however the kernel ended.
@@ -1151,9 +1656,11 @@ class Monitor:
         reasons: quantity to why it could not be measured.
     """
 
-    def __init__(self, device: torch.device, interval: float = 0.2):
+    def __init__(self, device: torch.device, interval: float = 0.2, state: dict | None = None):
         self.interval, self.kind = interval, "gpu" if device.type == "cuda" else "cpu"
-        self.samples, self.ends, self.reasons, self.seconds, self.logged = [], [], {}, 0.0, 0
+        state = state or {"samples": [], "ends": []}  # of a run that is resumed
+        self.samples, self.ends, self.reasons = [*state["samples"]], [*state["ends"]], {}
+        self.seconds, self.logged = self.ends[-1] if self.ends else 0.0, len(self.samples)
         try:
             self.readers = _gpu_readers(device) if self.kind == "gpu" else _cpu_readers()
         except Exception as error:  # no library, no driver, no permission, a card that NVML does not find
@@ -1185,19 +1692,29 @@ class Monitor:
             if len(sample) > 2:
                 self.samples.append(sample)
 
+    def state(self) -> dict:
+        """What a checkpoint keeps of it."""
+        return {"samples": self.samples, "ends": self.ends}
+
     @property
     def utilization(self) -> Utilization:
         """The samples of the utilisation."""
+        return Utilization(self.kind, *self._points())
+
+    def _points(self):
         points = [(sample["seconds"], sample["utilization"]) for sample in self.samples if "utilization" in sample]
-        return Utilization(self.kind, points, self.reasons.get("utilization"))
+        return points, self.reasons.get("utilization")
 
     def metrics(self) -> dict:
-        """The two utilisation entries of metrics.json."""
+        """The two utilisation entries of metrics.json, over the GPUs of all ranks."""
         if self.kind != "gpu":
             return {"gpu_utilization": None, "gpu_utilization_reason": "no NVIDIA GPU in use"}
-        summary = self.utilization.statistics()
-        reason = self.utilization.reason or f"no sample in {self.seconds:.1f} s of training"
-        return {"gpu_utilization": summary, "gpu_utilization_reason": None if summary else reason}
+        series = [Utilization(*values) for values in from_all_ranks((self.kind, *self._points()))]
+        points = [point for each in series for point in each.points]
+        reason = next((f"rank {rank}: {each.reason}" for rank, each in enumerate(series) if each.reason), None)
+        summary = Utilization(self.kind, points, reason).statistics()
+        reason = None if summary else reason or f"no sample in {self.seconds:.1f} s of training"
+        return {"gpu_utilization": summary, "gpu_utilization_reason": reason}
 
     def brief(self) -> str:
         """The mean utilisation in a few characters, such as "GPU 87 %" or "GPU n/a"."""
@@ -1212,11 +1729,11 @@ class Monitor:
         return ", ".join(parts)
 
     def log(self, writer) -> None:
-        """Log the samples since the last call; the step is the milliseconds of training."""
-        for sample in self.samples[self.logged :]:
-            for quantity, unit in UNITS.items():
-                if quantity in sample:
-                    tag = f"{self.kind}/{quantity}_{unit}"
+        """Log the samples of all ranks since the last call; the step is the milliseconds of training."""
+        for rank, samples in enumerate(from_all_ranks(self.samples[self.logged :])):
+            for sample in samples:
+                for quantity in UNITS.keys() & sample.keys():
+                    tag = f"{self.kind}/{quantity}_{UNITS[quantity]}" + f"/rank_{rank}" * (rank > 0)
                     writer.add_scalar(tag, sample[quantity], int(1000 * sample["seconds"]), sample["time"])
         self.logged = len(self.samples)
 
@@ -1292,9 +1809,10 @@ class Progress:
     Wrap the batches of each epoch: `for images, labels in progress(train_loader):`. It never waits for the device.
     """
 
-    def __init__(self, epochs: int):
-        self.epochs, self.epoch, self.start, self.shown = epochs, 0, time.monotonic(), 0.0
-        self.live, self.handle = watched(), None
+    def __init__(self, epochs: int, finished: int = 0):
+        self.epochs, self.epoch, self.first = epochs, finished, finished
+        self.start, self.shown = time.monotonic(), 0.0
+        self.live, self.handle = watched() and _world.rank == 0, None
 
     def __call__(self, loader):
         """Yield the loader's batches, counting them."""
@@ -1310,7 +1828,8 @@ class Progress:
         self.shown = time.monotonic()
         elapsed = self.shown - self.start
         text = f"epoch {min(self.epoch + 1, self.epochs)} of {self.epochs}: {done:.0%}, "
-        text += f"{elapsed / done - elapsed:.0f} s remaining"
+        remaining = elapsed * (1 - done) / max(done - self.first / self.epochs, 1e-9)
+        text += f"{remaining:.0f} s remaining"
         if not in_notebook():
             print("\r\033[K" + ("" if last else text), end="", file=sys.stderr, flush=True)
             return
@@ -1431,18 +1950,13 @@ def _label_ends(axis, times, lines) -> None:
     if not lines:
         return
     low, high = axis.get_ylim()
-    gap, place = 0.13 * (high - low), -math.inf
-    for value, name, color in sorted(lines):
-        place = max(value, place + gap)
-        axis.annotate(
-            name,
-            (times[-1], place),
-            (8, 0),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            annotation_clip=False,
-        )
+    gap, places = 0.13 * (high - low), []
+    for value, _, _ in sorted(lines):
+        places.append(max(value, places[-1] + gap) if places else value)
+    too_high = max(0.0, places[-1] - high + gap / 2)  # the axis above belongs to the epochs' numbers
+    for (_, name, color), place in zip(sorted(lines), places, strict=True):
+        options = dict(textcoords="offset points", color=color, va="center", annotation_clip=False)
+        axis.annotate(name, (times[-1], place - too_high), (8, 0), **options)
 
 
 def show_curves(history: list[dict], provenance: Provenance, monitor: Monitor | None = None) -> None:
@@ -1835,6 +2349,8 @@ def write_report(run: str | Path, words: str | Path | None = None) -> Path:
 
 def show_report(run: str | Path, height: int = 700) -> None:
     """Write the run's report and show it in the notebook; a failure is one printed line, for the training is done."""
+    if _world.rank:
+        return
     try:
         path = write_report(run)
     except Exception as error:
@@ -1895,9 +2411,44 @@ def write_comparison(runs: list[str | Path], output: str | Path) -> Path:
     return output
 
 
+def prefetch(names: list[str]) -> int:
+    """Bring datasets into LAB_DATA, for machines without internet; return how many failed."""
+    failed = 0
+    for name in names:
+        begin = time.monotonic()
+        try:
+            parts = [_load_official(name, train) for train in (True, False)]
+            print(f"{name}: {' + '.join(f'{len(part):,}' for part in parts)} images, {time.monotonic() - begin:.0f} s")
+        except LabError as error:
+            failed += 1
+            print(f"{name}: FAILED\n{error}", file=sys.stderr)
+    return failed
+
+
+def verify(names: list[str]) -> int:
+    """Check what is in LAB_DATA against its checksums, without any download; return how many datasets are damaged."""
+    damaged, offline = 0, os.environ.get("LAB_OFFLINE")
+    os.environ["LAB_OFFLINE"] = "1"
+    try:
+        for name in names:
+            try:
+                train, test = (_load_official(name, part) for part in (True, False))
+                print(f"{name}: {train.provenance}, {len(train):,} + {len(test):,} images")
+            except DataUnavailable:
+                print(f"{name}: not there, or not all of it")
+            except LabError as error:
+                damaged += 1
+                print(f"{name}: DAMAGED\n{error}", file=sys.stderr)
+    finally:
+        os.environ.pop("LAB_OFFLINE") if offline is None else os.environ.update(LAB_OFFLINE=offline)
+    return damaged
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m helpers report RUN [--words FILE]`, or `compare RUN RUN ... [--output FILE]`."""
-    parser = argparse.ArgumentParser(prog="python -m helpers", description="Work on finished runs.")
+    """`python -m helpers report RUN [--words FILE]`, `compare RUN RUN ... [--output FILE]`, `prefetch [NAME ...]`,
+    `verify [NAME ...]`.
+    """
+    parser = argparse.ArgumentParser(prog="python -m helpers", description="Fetch data, and work on finished runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="write report.html into a run's directory again")
     report.add_argument("run", type=Path)
@@ -1905,8 +2456,14 @@ def main(arguments: list[str] | None = None) -> int:
     compare = commands.add_parser("compare", help="write a page that compares runs")
     compare.add_argument("runs", type=Path, nargs="+")
     compare.add_argument("--output", type=Path, default=Path("compare.html"))
+    for name, text in (("prefetch", "bring datasets into LAB_DATA"), ("verify", "check what is in LAB_DATA")):
+        commands.add_parser(name, help=text).add_argument("names", nargs="*", metavar="NAME")
     chosen = parser.parse_args(arguments)
     try:
+        if chosen.command in ("prefetch", "verify"):
+            if unknown := set(chosen.names) - set(MIRRORS):
+                raise LabError(f"No dataset called {', '.join(sorted(unknown))}. There are: {', '.join(MIRRORS)}.")
+            return min(1, globals()[chosen.command](chosen.names or list(MIRRORS)))
         if chosen.command == "report":
             print(write_report(chosen.run, chosen.words))
         else:

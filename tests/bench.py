@@ -218,9 +218,10 @@ def published_recipe(train, seed, epochs):
 
     Widths 64, 256, 256 with no sum, batches of 2,000, full-size images, 8 epochs; the whitening layer has a bias that
     learns in the first three eighths of the steps. Its rates for head and biases are given there for a sum over the
-    batch and a head 256 times as large; for a mean they are those below.
+    batch and a head 256 times as large; for a mean they are those below, times the batch.
     """
-    rates = dict(MUON_RATE=0.24, HEAD_RATE=0.0204, BIAS_RATE=106.0, WEIGHT_DECAY=0.004, LABEL_SMOOTHING=0.2)
+    rates = dict(MUON_RATE=0.24, HEAD_RATE=1.02e-5, BIAS_RATE=0.053, WEIGHT_DECAY=2e-6, LABEL_SMOOTHING=0.2)
+    rates["BATCH_SIZE"] = 2_000
     page, epochs = notebooks.page("CIFAR.ipynb", **rates), epochs or 8
     torch.manual_seed(seed)
     loader = cifar_loader(train, train, 2_000, seed, shuffle=True, flip=True, alternate=True, translate=2)

@@ -135,14 +135,37 @@ def test_cutout_sets_one_square_to_the_mean():
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_split_each_global_batch(world_size):
-    options = dict(shuffle=True, flip=True, translate=1, cutout=3, seed=3)
+    options = dict(shuffle=True, flip=True, translate=1, cutout=3, seed=3, batch_size=12)
     alone = list(make_noise(**options)[1])
     ranks = [list(make_noise(**options, rank=rank, world_size=world_size)[1]) for rank in range(world_size)]
     for step, (images, labels) in enumerate(alone):
         parts = [ranks[rank][step] for rank in range(world_size)]
         together = by_label(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-        assert all(map(torch.equal, together, by_label(images, labels)))
-        assert max(len(part[1]) for part in parts) - min(len(part[1]) for part in parts) <= 1
+        assert len({len(part[1]) for part in parts}) == 1, "the mean over ranks needs equal shares"
+        if step < len(alone) - 1:
+            assert all(map(torch.equal, together, by_label(images, labels)))
+        else:  # what the ranks cannot share equally is left out
+            assert len(labels) - world_size < len(together[1]) <= len(labels)
+            assert set(together[1].tolist()) <= set(labels.tolist())
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_by_name():
+    with pytest.raises(helpers.LabError, match=r"LAB_BATCH_SIZE=12 .* 5 processes"):
+        make_noise(batch_size=12, rank=0, world_size=5)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused_by_name():
+    with pytest.raises(helpers.LabError, match="LAB_BATCH_SIZE=1000"):
+        make_noise(batch_size=1000, shuffle=True)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_test_image_is_one_ranks_share(world_size):
+    loaders = [make_noise(batch_size=12, rank=rank, world_size=world_size)[1] for rank in range(world_size)]
+    places = torch.cat([loader.share() for loader in loaders])
+    assert sorted(places.tolist()) == list(range(loaders[0].count))
+    for loader in loaders:
+        assert sum(len(labels) for _, labels in loader) == len(loader.share())
 
 
 def test_memory_is_at_most_twice_the_images():

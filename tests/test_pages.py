@@ -38,7 +38,7 @@ def make_mnist(device):
 def make_cifar(device):
     torch.manual_seed(0)
     page = cifar()
-    page |= notebooks.settings("CIFAR.ipynb") | {"MUON_RATE": 0.1, "BIAS_RATE": 5.0}
+    page |= notebooks.settings("CIFAR.ipynb") | {"MUON_RATE": 0.1, "BIAS_RATE": 0.05}
     model = page["FastCNN"](widths=(8, 16, 16)).to(device)
     page["whiten"](model.whiten, torch.randn(50, 3, 32, 32, device=device)) if device == "cpu" else None
     optimizers, schedulers = page["make_optimizers"](model, 100)

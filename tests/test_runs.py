@@ -78,7 +78,7 @@ def test_checkpoint_round_trip(run):
     assert torch.equal(other.weight, model.weight)
     optimizer.load_state_dict(checkpoint["optimizers"][0])
     scheduler.load_state_dict(checkpoint["schedulers"][0])
-    torch.set_rng_state(checkpoint["rng"])
+    torch.set_rng_state(checkpoint["rng"]["cpu"])
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "config.json"]
 
 

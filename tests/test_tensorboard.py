@@ -15,7 +15,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 import helpers
 
@@ -41,7 +40,8 @@ def trained():
 
 
 def logged(folder, log):
-    writer = SummaryWriter(folder)
+    folder.mkdir(exist_ok=True)
+    writer = helpers.event_writer(folder)
     log(writer)
     writer.close()
     return EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
@@ -72,7 +72,7 @@ def test_pictures_and_state_is_left_alone(trained, tmp_path):
     before = {name: value.clone() for name, value in trained.state_dict().items()}
     images = torch.randn(2, 3, 8, 8)
     events = logged(tmp_path, lambda writer: helpers.log_pictures(writer, trained, images, 2))
-    assert {"filters/first_layer", "feature_maps/conv", "feature_maps/rest.1"} <= set(events.Tags()["images"])
+    assert {"filters/first_layer", "feature_maps/01_conv", "feature_maps/04_rest.1"} <= set(events.Tags()["images"])
     assert trained.training
     assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items())
 

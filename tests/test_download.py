@@ -1,0 +1,260 @@
+"""The download against a local server that misbehaves in every way a network does, and against files that refuse."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import pytest
+
+import helpers
+
+GOOD = random.Random(0).randbytes(300_000)
+MD5 = hashlib.md5(GOOD).hexdigest()
+NAME = "archive.tar.gz"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """What happens is the first folder of the address."""
+
+    def do_GET(self):
+        kind = self.path.split("/")[1]
+        self.server.asked.append((kind, self.headers.get("Range")))
+        if kind.isdigit():
+            return self.send_error(int(kind))
+        if kind == "loop":
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            return self.end_headers()
+        body, begin, status = GOOD, 0, 200
+        if kind == "range" and self.headers.get("Range"):
+            begin, status = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-")), 206
+        if kind == "html":
+            body = b"<html>please accept the terms</html>"
+        if kind == "altered":
+            body = GOOD[:-1] + b"?"
+        if kind == "bomb":
+            body = gzip.compress(bytes(50_000_000))
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html" if kind == "html" else "application/octet-stream")
+        if kind == "bomb":
+            self.send_header("Content-Encoding", "gzip")
+        if kind not in ("unsized", "cut-unsized"):
+            self.send_header("Content-Length", str(len(body) - begin))
+        self.end_headers()
+        half = len(body) // 2
+        if kind == "silent":
+            time.sleep(5)
+        elif kind in ("stalled", "cut", "cut-unsized"):
+            self.wfile.write(body[:half])
+            self.wfile.flush()
+            time.sleep(5 if kind == "stalled" else 0)
+        elif kind == "trickle":
+            for byte in body[:60]:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(0.1)
+        else:
+            self.wfile.write(body[begin:])
+
+    def log_message(self, *arguments):
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *arguments):
+        pass  # a client that goes away is what is tested
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("LAB_OFFLINE", "0")
+    monkeypatch.setitem(helpers.MIRRORS, "CIFAR10", ())
+    monkeypatch.setattr(helpers, "TIMEOUTS", (1, 1))
+    monkeypatch.setattr(helpers, "SLOW_SECONDS", 1)
+    with Server(("127.0.0.1", 0), Handler) as running:
+        running.asked = []
+        running.url = f"http://127.0.0.1:{running.server_port}"
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def mirrors(monkeypatch, *addresses):
+    monkeypatch.setenv("LAB_MIRRORS", " ".join(addresses))
+
+
+def download(home):
+    return helpers.download("CIFAR10", NAME, MD5, home)
+
+
+def left(home):
+    """What is in the folder beside locks."""
+    return sorted(path.name for path in home.iterdir() if not path.name.endswith(".lock")) if home.exists() else []
+
+
+FAULTS = ["403", "404", "429", "503", "loop", "html", "altered", "bomb", "silent", "stalled", "trickle", "cut"]
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "cut-unsized"])
+def test_after_each_fault_the_next_mirror_brings_the_right_file(fault, server, tmp_path, monkeypatch):
+    mirrors(monkeypatch, f"{server.url}/{fault}", f"{server.url}/good")
+    start = time.monotonic()
+    assert download(tmp_path).read_bytes() == GOOD
+    assert time.monotonic() - start < 6
+    assert left(tmp_path) == [NAME]
+
+
+def test_when_nothing_serves_the_error_lists_every_source_its_reason_and_the_manual_step(server, tmp_path, monkeypatch):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        refused = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        addresses = [*(f"{server.url}/{fault}" for fault in ("404", "html", "altered", "loop")), refused]
+        mirrors(monkeypatch, *addresses, "http://no-such-host.invalid")
+        with pytest.raises(helpers.DataUnavailable) as caught:
+            download(tmp_path)
+    text = str(caught.value)
+    for address in (*addresses, "http://no-such-host.invalid"):
+        assert f"{address}/{NAME}: " in text
+    for reason in ("404", "a web page instead", "hash", "redirects", "refused"):
+        assert reason in text, reason
+    assert all(part in text for part in ("By hand", NAME, MD5, str(tmp_path)))
+    assert NAME not in left(tmp_path)
+
+
+def test_a_download_that_broke_off_goes_on_where_it_ended(server, tmp_path, monkeypatch):
+    mirrors(monkeypatch, f"{server.url}/cut", f"{server.url}/range")
+    assert download(tmp_path).read_bytes() == GOOD
+    assert server.asked == [("cut", None), ("range", f"bytes={len(GOOD) // 2}-")]
+
+
+def test_a_part_that_does_not_fit_is_thrown_away(server, tmp_path, monkeypatch):
+    (tmp_path / f".{NAME}.part").write_bytes(b"?" * 1000)
+    mirrors(monkeypatch, f"{server.url}/range", f"{server.url}/range")
+    assert download(tmp_path).read_bytes() == GOOD
+    assert [asked for _, asked in server.asked] == ["bytes=1000-", None]
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate that nobody trusts")
+def test_a_certificate_that_nobody_signed_is_refused(server, tmp_path, monkeypatch):
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=127.0.0.1 -keyout key -out cert"
+    subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    with Server(("127.0.0.1", 0), Handler) as secure:
+        secure.asked = []
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        threading.Thread(target=secure.serve_forever, args=(0.05,), daemon=True).start()
+        mirrors(monkeypatch, f"https://127.0.0.1:{secure.server_port}/good")
+        with pytest.raises(helpers.DataUnavailable, match=r"(?i)certificate"):
+            download(tmp_path / "data")
+        secure.shutdown()
+    assert secure.asked == []
+
+
+fork = multiprocessing.get_context("fork") if sys.platform == "linux" else None
+
+
+@pytest.mark.skipif(fork is None, reason="starts processes by fork")
+class TestProcesses:
+    def test_eight_on_an_empty_folder_download_once(self, server, tmp_path, monkeypatch):
+        mirrors(monkeypatch, f"{server.url}/good")
+        processes = [fork.Process(target=download, args=(tmp_path / "data",)) for _ in range(8)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(30)
+        assert [process.exitcode for process in processes] == [0] * 8
+        assert len(server.asked) == 1
+        assert (tmp_path / "data" / NAME).read_bytes() == GOOD
+
+    def test_when_the_holder_of_the_lock_is_killed_the_others_take_over(self, server, tmp_path, monkeypatch):
+        mirrors(monkeypatch, f"{server.url}/stalled", f"{server.url}/good")
+        monkeypatch.setattr(helpers, "TIMEOUTS", (5, 30))
+        holder = fork.Process(target=download, args=(tmp_path,))
+        holder.start()
+        while not server.asked:
+            time.sleep(0.02)
+        mirrors(monkeypatch, f"{server.url}/good")
+        others = [fork.Process(target=download, args=(tmp_path,)) for _ in range(3)]
+        for other in others:
+            other.start()
+        time.sleep(0.3)
+        assert all(other.is_alive() for other in others), "they wait for the lock"
+        os.kill(holder.pid, signal.SIGKILL)
+        for other in others:
+            other.join(20)
+        assert [other.exitcode for other in others] == [0] * 3
+        assert (tmp_path / NAME).read_bytes() == GOOD
+
+    def test_a_full_disk_is_a_clear_error_without_remains(self, server, tmp_path, monkeypatch):
+        mirrors(monkeypatch, f"{server.url}/good", f"{server.url}/range")
+        answers = fork.Queue()
+
+        def child():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the kernel refuses to write more
+            try:
+                download(tmp_path)
+            except helpers.DataUnavailable as error:
+                answers.put(str(error))
+
+        process = fork.Process(target=child)
+        process.start()
+        text = answers.get(timeout=20)
+        process.join()
+        assert "File too large" in text
+        assert left(tmp_path) == []
+        assert len(server.asked) == 1, "another mirror would not help"
+
+
+def test_members_that_point_elsewhere_are_never_written(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name in ("folder/data", "../outside", "/tmp/absolute"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+        link = tarfile.TarInfo("folder/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    path = tmp_path / "folder" / "a.tar.gz"
+    path.parent.mkdir()
+    path.write_bytes(buffer.getvalue())
+    assert set(helpers._unpack(path)) == {"data", "outside", "absolute"}  # in memory, by their last names
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "a.tar.gz"]
+
+
+def test_verify_and_prefetch_from_the_command_line(tmp_path):
+    environment = os.environ | {"LAB_DATA": str(tmp_path), "LAB_OFFLINE": "1"}
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in helpers.MNIST_MD5:
+        (raw / name).write_bytes(b"damaged")
+    command = [sys.executable, "-m", "helpers"]
+    kinds = dict(cwd=helpers.HERE, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, "verify", "MNIST", "CIFAR10"], **kinds)
+    assert result.returncode == 1
+    assert "MNIST: DAMAGED" in result.stderr
+    assert "train-images-idx3-ubyte" in result.stderr
+    assert "CIFAR10: not there" in result.stdout
+    result = subprocess.run([*command, "prefetch", "CIFAR100"], **kinds)
+    assert result.returncode == 1
+    assert "cifar-100-python.tar.gz" in result.stderr
+    result = subprocess.run([*command, "prefetch", "CIFAR11"], **kinds)
+    assert "No dataset called CIFAR11" in result.stderr
