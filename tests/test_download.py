@@ -226,7 +226,7 @@ class TestProcesses:
 def test_members_that_point_elsewhere_are_never_written(tmp_path):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name in ("folder/data", "../outside", "/tmp/absolute"):
+        for name in ("folder/data", "../outside", "/absolute"):
             member = tarfile.TarInfo(name)
             member.size = 3
             tar.addfile(member, io.BytesIO(b"abc"))
