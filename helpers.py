@@ -1,7 +1,8 @@
 """What both notebooks share and nobody learns from by reading it in the middle of a lab.
 
 In this order: settings, environment check, device and precision, processes, data and downloads, device-resident
-batches, evaluation, run directories and checkpoints, TensorBoard, GPU monitor, progress, figures, report, command line.
+batches, evaluation, run directories and checkpoints, TensorBoard, GPU monitor, progress, figures, experiments, report,
+command line.
 The model, the training step, the loops and the logging lines are on the notebooks' pages. Importing this module reads
 no file, starts nothing and prints nothing.
 """
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -67,7 +69,7 @@ TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "f
 
 
 RANGES = {  # of settings whose names end so
-    **dict.fromkeys(("EPOCHS", "BATCH_SIZE"), (1, math.inf)),
+    **dict.fromkeys(("EPOCHS", "BATCH_SIZE", "SEEDS"), (1, math.inf)),
     **dict.fromkeys(("_RATE", "DECAY", "VALIDATION", "TRANSLATE", "DISTORT", "EMBEDDINGS", "PROCESSES"), (0, math.inf)),
     **dict.fromkeys(("MOMENTUM", "SMOOTHING"), (0, 1)),
 }
@@ -2113,6 +2115,127 @@ def draw_model(model: nn.Module, images: torch.Tensor, provenance: Provenance) -
     total = sum(p.numel() for p in model.parameters())
     axis.text(-0.5, -1.08, f"shape of each stage's output; in blue its parameters, {total:,} in all", fontsize=9)
     show(canvas, provenance)
+
+
+# ------------------------------------------------------------------------------------------------------- experiments
+
+
+class Results(dict):
+    """{variant: [accuracy of each seed, in [0, 1]]} of one experiment; and which of them were trained now, on what, in
+    how many seconds, and what the store says of the others."""
+
+    def __init__(self, name: str, provenance: Provenance, stored: dict):
+        super().__init__()
+        self.name, self.provenance, self.stored = name, provenance, stored
+        self.trained, self.measured, self.seconds = [], "", 0.0
+
+
+def stored_experiments(lab: str) -> dict:
+    """What `tests/experiments.py` measured for this notebook: {experiment: measured, dataset, source, verified,
+    seconds, variants: {variant: [accuracy of each seed]}}; empty if nothing is stored.
+    """
+    path = HERE / "runs" / "reference" / lab / "experiments.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def experiment(
+    lab: str,
+    name: str,
+    variants: dict[object, dict],
+    train,
+    *,
+    again: str,
+    seeds: int,
+    provenance: Provenance,
+    device: torch.device,
+    setting: str,
+) -> Results:
+    """Return the accuracies of an experiment's variants: stored ones, and of those that the store lacks new ones.
+
+    Every variant is trained where `again`, names with commas or "all", has the experiment; under LAB_FAST=1 only the
+    first two. Each accuracy of each training goes to `runs/<lab>-experiments/<time>-<name>/<variant>-seed-<number>/`,
+    so that TensorBoard lays the curves over one another. Raises LabError for a name in `again` that nobody knows.
+
+    Args:
+        variants: options of each variant; numbers as names make the figure a line.
+        train: called as `train(seed=number, **options)`, returns the accuracy after each epoch; the last one counts.
+        setting: what the variants have in common, for people, such as "5,000 images, 6 epochs".
+    """
+    store, chosen = stored_experiments(lab), {word.strip() for word in again.split(",")} - {""}
+    if unknown := chosen - {"all", name, *store}:
+        raise LabError(f"No experiment called {', '.join(sorted(unknown))}. There are: all, {', '.join(store)}.")
+    results = Results(name, provenance, store.get(name, {}))
+    known = {} if chosen & {"all", name} else results.stored.get("variants", {})
+    variants = dict(list(variants.items())[:2]) if flag("FAST") else variants
+    results.trained = [variant for variant in variants if str(variant) not in known]
+    results.measured = f"{setting}, {seeds} seed{'s' * (seeds > 1)}; {device_name(device)}, torch {torch.__version__}"
+    if results.trained:
+        config = {"setting": setting} | {str(variant): str(options) for variant, options in variants.items()}
+        home = new_run(f"{lab}-experiments", name.replace(" ", "-"), config, device)
+    for variant, options in variants.items():
+        if variant not in results.trained:
+            results[variant] = known[str(variant)]
+            continue
+        results[variant], start = [], time.perf_counter()
+        for seed in range(1, seeds + 1):
+            part = "".join(c if c.isalnum() or c == "." else "-" for c in str(variant))
+            writer = event_writer(home / f"{part}-seed-{seed}")
+            for epoch, accuracy in enumerate(history := train(seed=seed, **options), start=1):
+                writer.add_scalar("accuracy/validation", accuracy, epoch)
+            writer.close()
+            results[variant].append(history[-1])
+        seconds = time.perf_counter() - start
+        results.seconds += seconds
+        shown = "  ".join(f"{100 * accuracy:.2f}" for accuracy in results[variant])
+        print(f"{name}, {variant}: {shown} %, {seconds:.1f} s")
+    return results
+
+
+def show_experiment(results: Results, xlabel: str = ""):
+    """Show an experiment's accuracies: a row of dots for each variant, or a line over variants that are numbers.
+
+    Each seed is a small dot; large dots and bars are mean ± standard deviation, hollow where they come from the store,
+    whose words on how they were measured stand below. Returns the figure, for `add_figure`.
+    """
+    numeric = all(isinstance(variant, int | float) for variant in results)
+    notes = [f"trained here: {results.provenance}; {results.measured}"] if results.trained else []
+    if len(results.trained) < len(results):
+        notes.append(f"STORED, not from this run (hollow): {results.stored['measured']}")
+    words = printable("\n".join(textwrap.fill(note, 118) for note in notes))
+    height = (2.9 if numeric else 0.8 + 0.42 * len(results)) + 0.15 * (1 + words.count("\n"))
+    canvas, axis = figure(size=(8, height))
+    places = list(results) if numeric else range(len(results))
+    means = [100 * statistics.mean(values) for values in results.values()]
+    if numeric:
+        axis.plot(places, means, color=COLORS[0], alpha=0.5)
+        if min(places) > 0 and max(places) >= 20 * min(places):
+            axis.set_xscale("log")
+    for place, mean, (variant, values) in zip(places, means, results.items(), strict=True):
+        spread = 100 * statistics.stdev(values) if len(values) > 1 else 0
+        seeds, fill = [100 * value for value in values], COLORS[0] if variant in results.trained else "white"
+        bar = dict(fmt="o", color=COLORS[0], markerfacecolor=fill, markersize=8, capsize=4, zorder=3)
+        text = f"{mean:.1f}" + f" ± {spread:.1f}" * (len(values) > 1)
+        style = dict(textcoords="offset points", ha="center", fontsize=9)
+        if numeric:
+            axis.errorbar(place, mean, spread, **bar)
+            axis.plot([place] * len(seeds), seeds, ".", color=COLORS[1], markersize=4, zorder=4)
+            axis.annotate(text, (place, max(mean + spread, *seeds, mean)), (0, 7), **style)
+        else:
+            axis.errorbar(mean, place, xerr=spread, **bar)
+            axis.plot(seeds, [place] * len(seeds), ".", color=COLORS[1], markersize=4, zorder=4)
+            axis.annotate(text, (mean, place), (0, 9), **style)
+    label = "accuracy on held-out images (%)"
+    if numeric:
+        axis.set(xlabel=xlabel, ylabel=label)
+    else:
+        axis.set(xlabel=label, ylabel=xlabel, ylim=(len(results) - 0.5, -0.8))
+        axis.set_yticks(places, [printable(str(variant)) for variant in results])
+    axis.margins(x=0.08, y=0.15)
+    axis.grid(alpha=0.3)
+    canvas.supxlabel(words, fontsize=8, x=0.01, ha="left")
+    stored = [results.stored.get(key) for key in ("dataset", "source", "verified")]
+    show(canvas, results.provenance if results.trained else Provenance(*stored))
+    return canvas
 
 
 # ---------------------------------------------------------------------------------------------------------- report

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import math
+import re
 from pathlib import Path
 
 import nbformat
@@ -45,3 +46,9 @@ def page(name: str, **replaced) -> dict:
     namespace = definitions(name)
     namespace.update(settings(name) | replaced)
     return namespace
+
+
+def experiment_cells(name: str) -> dict[str, str]:
+    """The sources of the cells that call the page's `experiment`, by the experiment's name."""
+    found = {cell.source: re.search(r"= experiment\(\"(.+?)\"", cell.source) for cell in code_cells(name)}
+    return {match[1]: source for source, match in found.items() if match}
