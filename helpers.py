@@ -1447,7 +1447,8 @@ def log_graph(writer, model: nn.Module, images: torch.Tensor) -> None:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            writer.add_graph(model.eval(), images)
+            traced = torch.jit.trace(model.eval(), images, check_trace=False)  # the check alone takes half a second
+            writer.add_graph(traced, images)
     except Exception as error:  # whatever the tracer meets in the model
         print(f"The model's graph is not logged: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
     finally:
