@@ -2239,6 +2239,128 @@ def show_experiment(results: Results, xlabel: str = ""):
     return canvas
 
 
+# ------------------------------------------------------------------------------------------------------ own drawings
+
+
+def draw_digit(strokes: list[list[tuple[float, float]]]) -> torch.Tensor:
+    """Draw strokes, lists of (x, y) points with y downwards, as a pen would; return uint8 [1, 28, 28] as in MNIST."""
+    from PIL import Image, ImageDraw
+
+    points = np.array([point for stroke in strokes for point in stroke], dtype=float).reshape(-1, 2)
+    if len(points) == 0:
+        return torch.zeros(1, 28, 28, dtype=torch.uint8)
+    low, extent = points.min(axis=0), max(1.0, np.ptp(points, axis=0).max())
+    sheet = Image.new("L", (240, 240))
+    pen = ImageDraw.Draw(sheet)
+    for stroke in strokes:
+        line = [tuple((np.array(point) - low) / extent * 200 + 20) for point in stroke]
+        pen.line(line, fill=255, width=22, joint="curve")
+        for x, y in (line[0], line[-1]):
+            pen.ellipse((x - 11, y - 11, x + 11, y + 11), fill=255)
+    return centre_digit(torch.from_numpy(np.array(sheet))[None])
+
+
+def centre_digit(image: torch.Tensor) -> torch.Tensor:
+    """Return a grey uint8 image [1, H, W] as MNIST's were made: white on black, 20 pixels large, its centre of mass in
+    the middle of 28 x 28 (LeCun et al., 1998, section III.A).
+    """
+    ink = image[0].float()
+    border = torch.cat([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
+    if border.median() > 127:  # dark ink on light paper
+        ink = 255 - ink
+    ink = (ink - ink.median()).clamp(min=0)  # the paper is most of the image
+    ink[ink < 0.25 * ink.max()] = 0
+    rows, columns = ink.any(dim=1).nonzero(), ink.any(dim=0).nonzero()
+    if len(rows) == 0:
+        return torch.zeros(1, 28, 28, dtype=torch.uint8)
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scale = 20 / max(ink.shape)
+    size = [max(1, round(scale * length)) for length in ink.shape]
+    ink = nn.functional.interpolate(ink[None, None], size=size, mode="bilinear", antialias=True)[0, 0]
+    ink = ink * (255 / ink.max())
+    places = [torch.arange(length) + 0.5 for length in size]
+    centre = [(ink.sum(dim=1 - axis) * places[axis]).sum() / ink.sum() for axis in (0, 1)]
+    corner = [min(max(round(13.999 - float(c)), 0), 28 - length) for c, length in zip(centre, size, strict=True)]
+    digit = torch.zeros(1, 28, 28)
+    digit[0, corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]] = ink
+    return digit.round().to(torch.uint8)
+
+
+def show_drawing_pad(classify, classes: tuple[str, ...], size: int = 280) -> None:
+    """Show a square to draw in with the mouse, and beside it the probability of each class, live.
+
+    `classify` gets the strokes, lists of (x, y) points, and returns probabilities [classes]. Where nobody watches it
+    prints one line instead.
+    """
+    if not (in_notebook() and watched()):
+        print("drawing needs a notebook that somebody watches: left out")
+        return
+    try:
+        import ipywidgets
+        from ipycanvas import Canvas, hold_canvas
+    except ImportError:
+        print("Drawing needs ipycanvas: python -m pip install -r requirements.txt, then restart JupyterLab.")
+        return
+    from IPython.display import display
+
+    canvas = Canvas(width=size, height=size, layout=ipywidgets.Layout(border="1px solid gray"))
+    bars = [ipywidgets.FloatProgress(min=0, max=1, description=name) for name in classes]
+    numbers = [ipywidgets.Label("") for _ in classes]
+    strokes, drawing, shown = [], [False], [0.0]
+
+    def answer():
+        shown[0] = time.monotonic()
+        for bar, number, p in zip(bars, numbers, classify(strokes).tolist(), strict=True):
+            bar.value, number.value = p, f"{p:.1%}"
+
+    def begin(x, y):
+        drawing[0] = True
+        strokes.append([(x, y)])
+
+    def go_on(x, y):
+        if not drawing[0]:
+            return
+        with hold_canvas():
+            canvas.line_width, canvas.line_cap, canvas.stroke_style = size / 12, "round", "black"
+            canvas.stroke_line(*strokes[-1][-1], x, y)
+        strokes[-1].append((x, y))
+        if time.monotonic() - shown[0] > 0.1:
+            answer()
+
+    def end(x, y):
+        if drawing[0]:
+            drawing[0] = False
+            answer()
+
+    def clear(_=None):
+        strokes.clear()
+        canvas.fill_style = "white"
+        canvas.fill_rect(0, 0, size, size)
+        for bar, number in zip(bars, numbers, strict=True):
+            bar.value, number.value = 0.0, ""
+
+    canvas.on_mouse_down(begin)
+    canvas.on_mouse_move(go_on)
+    canvas.on_mouse_up(end)
+    canvas.on_mouse_out(end)
+    button = ipywidgets.Button(description="Clear 清除")
+    button.on_click(clear)
+    clear()
+    lines = [ipywidgets.HBox(pair) for pair in zip(bars, numbers, strict=True)]
+    display(ipywidgets.HBox([ipywidgets.VBox([canvas, button]), ipywidgets.VBox(lines)]))
+
+
+def image_files(path: str | Path) -> list[Path]:
+    """Return the image file at `path`, or those in the folder `path`, sorted. Raises LabError where there is none."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    path = HERE / Path(path).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise LabError(f"LAB_OWN_IMAGES={path}: there is no image file ({', '.join(IMG_EXTENSIONS)}).")
+    return files
+
+
 # ---------------------------------------------------------------------------------------------------------- report
 
 
