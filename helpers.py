@@ -2228,6 +2228,8 @@ def show_experiment(results: Results, xlabel: str = ""):
     label = "accuracy on held-out images (%)"
     if numeric:
         axis.set(xlabel=xlabel, ylabel=label)
+        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.minorticks_off()
     else:
         axis.set(xlabel=label, ylabel=xlabel, ylim=(len(results) - 0.5, -0.8))
         axis.set_yticks(places, [printable(str(variant)) for variant in results])

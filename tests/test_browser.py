@@ -109,6 +109,25 @@ def test_run_all_cells_in_jupyterlab(name, lab, browser):
     drawn = "return [...document.querySelectorAll('.jp-OutputArea img')].map(image => image.naturalWidth)"
     widths = wait(lambda: browser.execute_script(drawn), 20)
     assert min(widths) > 200
+    if name == "MNIST.ipynb":
+        draw_a_digit(browser)
+
+
+def draw_a_digit(browser):
+    """Draw with the mouse on the pad, and see ten probabilities change."""
+    [index] = [i for i, cell in enumerate(notebooks.read("MNIST.ipynb").cells) if "show_drawing_pad" in cell.source]
+    browser.execute_script(f"jupyterapp.shell.currentWidget.content.scrollToItem({index}, 'center')")
+    pad = wait(lambda: browser.find_elements("css selector", ".jp-OutputArea canvas"), 20)[-1]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", pad)
+    time.sleep(0.5)
+    mouse = webdriver.ActionChains(browser).move_to_element_with_offset(pad, -60, -70).click_and_hold()
+    for x, y in [(40, 0), (40, 0), (40, 0), (-20, 50), (-20, 50), (-20, 40)]:
+        mouse.move_by_offset(x, y)
+    mouse.release().perform()
+    labels = (
+        "return [...document.querySelectorAll('.widget-label')].map(x => x.textContent).filter(x => x.endsWith('%'))"
+    )
+    assert len(wait(lambda: browser.execute_script(labels), 20)) == 10
 
 
 def test_tensorboard_shows_the_reference_runs(browser):

@@ -20,7 +20,12 @@ SECTIONS = [
     "7 Training 训练过程",
     "8 Test 测试",
     "9 Where the time goes 性能分析",
-    "10 Report 实验报告",
+    "10 Experiments 对比实验",
+    "11 Inside the network 网络内部",
+    "12 Under the loop 循环之下",
+    "13 Try it yourself 动手试试",
+    "14 Further steps 延伸阅读",
+    "15 Report 实验报告",
 ]
 
 
