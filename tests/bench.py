@@ -613,11 +613,73 @@ def ddp_statistics(arguments, sizes) -> None:
     table(title, header, rows)
 
 
+# What the reckoning assumes. Of a link: bytes/s in one direction, as its makers state them, and the seconds that each
+# step of a ring takes besides. Of a network: FLOP/s that a GPU reaches in it, and the seconds below which no step
+# comes, however few its images, since so many kernels must be started.
+LINKS = {
+    "PCIe 4.0 x16": (31.5e9, 10e-6),
+    "NVLink, A100": (300e9, 5e-6),
+    "NVLink, H100": (450e9, 5e-6),
+    "100 Gb/s network": (12.5e9, 20e-6),
+}
+ASSUMED = {"MNIST.ipynb": (1e12, 0.5e-3), "CIFAR.ipynb": (50e12, 2e-3)}
+
+
+def ring_seconds(count: int, size: int, bandwidth: float, latency: float) -> float:
+    """Seconds in which a ring of `count` GPUs sums `size` bytes: 2 (count - 1) steps of size / count bytes each."""
+    return 2 * (count - 1) * (size / count / bandwidth + latency)
+
+
+def ddp_model(count: int) -> None:
+    """The table of README: what the exchange among `count` GPUs takes on paper, without any overlap with computing."""
+    rows = []
+    for name, dataset, shape in NETWORKS:
+        rate, floor = ASSUMED[name]
+        for widths in [None] if name == "MNIST.ipynb" else [(64, 128, 256), (64, 160, 320)]:
+            page = notebooks.page(name, **({"WIDTHS": widths} if widths else {}))
+            images, counts = helpers.stand_in(dataset, True, shape, 16).images / 255, []
+            for some in (images[:8], images):
+                model, run = network(page, images)
+                with FlopCounterMode(display=False) as counter:
+                    page["train_one_epoch"](model, [(some, torch.arange(len(some)) % 10)], *run)
+                counts.append(counter.get_total_flops())
+            each = (counts[1] - counts[0]) / 8  # for an image
+            fixed = counts[0] - 8 * each  # for a step, on every GPU: Muon's
+            size, batch = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad), page["BATCH_SIZE"]
+
+            def seconds(batch, link=None, each=each, fixed=fixed, rate=rate, floor=floor, size=size):
+                if link is None:  # one GPU
+                    return max(floor, (batch * each + fixed) / rate)
+                return max(floor, (batch / count * each + fixed) / rate) + ring_seconds(count, size, *LINKS[link])
+
+            row = [f"FastCNN {widths}" if widths else "LeNet-5", f"{size:,}", f"{1e3 * seconds(batch):.2f} ({batch})"]
+            row.append(f"{1e3 * fixed / rate:.2f}" if fixed else "none")
+            row.append(" · ".join(f"{1e3 * ring_seconds(count, size, *link):.2f}" for link in LINKS.values()))
+            row.append(" · ".join(f"{seconds(batch) / seconds(batch, link):.1f}" for link in LINKS))
+            enough = [
+                next(b for b in itertools.count(count, count) if seconds(b) >= 0.8 * count * seconds(b, link))
+                for link in LINKS
+            ]
+            rows.append([*row, " · ".join(f"{number:,}" for number in enough)])
+    links = " · ".join(LINKS)
+    header = [
+        "network",
+        "gradients, bytes",
+        "a step on one GPU, ms (batch)",
+        "of it Muon",
+        f"all-reduce of {count}, ms: {links}",
+    ]
+    header += [f"{count} GPUs train so many times as fast", "batch for 80 % of linear"]
+    table("A reckoning, nothing here was measured; it assumes what stands above it in tests/bench.py", header, rows)
+
+
 def ddp(arguments) -> None:
-    """Start the processes with torchrun, and measure in them; the reckoning needs none."""
+    """Start the processes with torchrun, and measure in them; the model needs none."""
     gpus = torch.cuda.device_count()
     default = [n for n in (1, 2, 4, 8) if n <= gpus] if gpus else [1, 2, 3, 4] if arguments.equality else [1, 2, 4]
     sizes = [int(size) for size in arguments.processes.split(",")] if arguments.processes else default
+    if arguments.model:
+        return ddp_model(max(sizes) if arguments.processes else 8)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={max(sizes)}"]
         environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}  # in_world divides them
@@ -643,6 +705,7 @@ def main() -> None:
     parser.add_argument("--processes", help="ddp: how many, with commas (1,2,4, or up to the number of GPUs)")
     parser.add_argument("--equality", action="store_true", help="ddp: see above")
     parser.add_argument("--statistics", action="store_true", help="ddp: see above")
+    parser.add_argument("--model", action="store_true", help="ddp: see above")
     arguments = parser.parse_args()
     globals()[arguments.benchmark](arguments)
 
