@@ -1005,6 +1005,9 @@ class ResidentLoader:
     `world_size`; with several ranks each takes its share of every global batch. Inside an augmented batch images of
     equal flip and offset stand together. Yields (images [B, C, H, W] float32, labels [B] int64).
 
+    For an augmentation of the page's own, `chances` [2, B] holds two numbers from [0, 1) for each image of the batch
+    that came last, drawn in the same way.
+
     Args:
         split: what to read.
         batch_size: images in a global batch; the last batch of a pass may be smaller.
@@ -1055,6 +1058,7 @@ class ResidentLoader:
         self.reach, self.memory_format = 2 * translate + 1, memory_format
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0  # of the next pass; set it to resume
+        self.chances = torch.empty(2, 0)
         # One scale for each place of a row, since broadcasting over channels last is slow on a CPU.
         scale, shift = ((m.view(1, -1, 1, 1).expand(1, channels, 1, width)) for m in (1 / (255 * std), -mean / std))
         self.scale, self.shift = (m.to(device).contiguous(memory_format=memory_format) for m in (scale, shift))
@@ -1097,6 +1101,7 @@ class ResidentLoader:
         flips = torch.rand(count, generator=random) < 0.5
         flips = (flips ^ bool(self.alternate and self.epoch % 2)) & self.flip
         holes = [torch.randint(0, side, (count,), generator=random) for side in self.shape[2:]]
+        chances = torch.rand(2, count, generator=random)
         self.epoch += 1
 
         # Sorted by batch, flip and offset, all images of a batch with equal treatment are one slice. The sizes of the
@@ -1106,6 +1111,7 @@ class ResidentLoader:
         mine = mine[key[mine].argsort(stable=True)]
         sizes = torch.bincount(key[mine], minlength=len(self) * 2 * reach).view(-1, 2 * reach)
         index, down, *holes = (t[mine].to(self.device, non_blocking=True) for t in (order, down, *holes))
+        chances = chances[:, mine].to(self.device, non_blocking=True)
         end = 0
         for groups in sizes.tolist():
             batch = slice(end, end := end + sum(groups))
@@ -1118,6 +1124,7 @@ class ResidentLoader:
                     place = torch.arange(side, device=self.device) - hole[batch, None] + self.cutout // 2
                     inside.append((place >= 0) & (place < self.cutout))
                 images.masked_fill_(inside[0][:, None, :, None] & inside[1][:, None, None, :], 0)
+            self.chances = chances[:, batch]
             yield images, self.labels[index[batch]]
 
     def _batch(self, starts, sizes):
@@ -1809,7 +1816,8 @@ def watched() -> bool:
 class Progress:
     """One live line with the remaining time where somebody watches; nothing at all in an executed copy.
 
-    Wrap the batches of each epoch: `for images, labels in progress(train_loader):`. It never waits for the device.
+    Wrap the batches of each epoch: `for images, labels in progress(train_loader):`. It never waits for the device. Give
+    the loader too where the batches come from a generator around it.
     """
 
     def __init__(self, epochs: int, finished: int = 0):
@@ -1817,11 +1825,12 @@ class Progress:
         self.start, self.shown = time.monotonic(), 0.0
         self.live, self.handle = watched() and _world.rank == 0, None
 
-    def __call__(self, loader):
-        """Yield the loader's batches, counting them."""
-        for step, batch in enumerate(loader):
+    def __call__(self, batches, loader=None):
+        """Yield the batches, counting them."""
+        steps = len(batches if loader is None else loader)
+        for step, batch in enumerate(batches, start=1):
             yield batch
-            self._update((self.epoch + (step + 1) / len(loader)) / self.epochs)
+            self._update((self.epoch + step / steps) / self.epochs)
         self.epoch += 1
         self._update(self.epoch / self.epochs, last=True)
 

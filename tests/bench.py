@@ -1,15 +1,21 @@
-"""Ours beside the peer, in one run: `python tests/bench.py start|input|mnist|cifar|growth|logging [--seconds S]`.
+"""Ours beside the peer, in one run: `python tests/bench.py start|input|mnist|cifar|growth|logging|ddp [--seconds S]`.
 
 start: import and data-ready times. input: images/s of the resident loader against the classic one, at CIFAR size.
 mnist: seconds of training to 99.0 % test accuracy, LeNet-5 of the page against the well-known two-convolution example.
 cifar: accuracy, FLOPs and seconds of the page's full recipe against the published one (LAB_DATASET names the data).
 growth: images/s and memory for 1, 2 and 4 times the data, and for once and twice the widths.
 logging: what TensorBoard and the monitor cost, as a share of the training time of both pages' default settings.
+ddp: images/s of both pages' networks in 1, 2, 4 processes on this machine; or one of
+    --equality: losses and test accuracy of LeNet-5 on real data for each number of processes;
+    --statistics: what batch statistics of each process's share cost the CIFAR network in accuracy;
+    --model: a reckoning, not a measurement, of what the exchange takes on several kinds of link.
 The machines that this runs on are shared: read the ratios, not the seconds.
 """
 
 import argparse
 import contextlib
+import functools
+import itertools
 import math
 import os
 import statistics
@@ -19,9 +25,11 @@ import tempfile
 import time
 import unittest.mock
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -190,6 +198,21 @@ def mnist(arguments) -> None:
 LAYOUT = torch.channels_last
 
 
+def network(page, images, steps=10**6, size=32):
+    """A page's network on the images' device, and what its `train_one_epoch` takes after the loader."""
+    criterion = nn.CrossEntropyLoss(label_smoothing=page.get("LABEL_SMOOTHING", 0.0))
+    if "LeNet5" in page:
+        model = page["LeNet5"]()
+        if images.shape[1] == 3:
+            model.c1 = nn.Conv2d(3, 6, kernel_size=5)  # 32 x 32 pixels need no padding
+        model = model.to(images.device, memory_format=LAYOUT)
+        return model, (criterion, *page["make_optimizer"](model, steps))
+    model = page["FastCNN"](page["WIDTHS"], page["DEPTHS"]).to(images.device, memory_format=LAYOUT)
+    page["whiten"](model.whiten, images)
+    scaler = torch.amp.GradScaler(images.device.type, enabled=False)
+    return model, (criterion, *page["make_optimizers"](model, steps), size, "fp32", scaler)
+
+
 def cifar_loader(split, train, batch_size, seed=0, **augmentation):
     """A resident loader with the statistics of `train`."""
     pixels = train.images[:10_000].float() / 255
@@ -352,14 +375,7 @@ def logging(arguments) -> None:
         options = dict(batch_size=page["BATCH_SIZE"], device=device, mean=half, std=half, memory_format=LAYOUT)
         loader = helpers.ResidentLoader(split, **options, shuffle=True, translate=1)
         images, labels = next(iter(loader))
-        if name == "MNIST.ipynb":
-            model = page["LeNet5"]().to(device, memory_format=LAYOUT)
-            run = (nn.CrossEntropyLoss(), *page["make_optimizer"](model, 10**6))
-        else:
-            model = page["FastCNN"](page["WIDTHS"], page["DEPTHS"]).to(device, memory_format=LAYOUT)
-            page["whiten"](model.whiten, images)
-            scaler = torch.amp.GradScaler(device.type, enabled=False)
-            run = (nn.CrossEntropyLoss(), *page["make_optimizers"](model, 10**6), 26, "fp32", scaler)  # mean size
+        model, run = network(page, images, size=26)  # the mean size of the growing images
         steps = max(3, round(arguments.seconds))
         monitor, rates = helpers.Monitor(device), {True: [], False: []}
         for round_number in range(2 * arguments.repeats + 2):
@@ -401,10 +417,283 @@ def logging(arguments) -> None:
     table("Cost of logging and of the monitor", [*header, "logging / training", "monitor slows training by"], rows)
 
 
+# --------------------------------------------------------------------------------------------------------------- ddp
+
+TURNS = itertools.count()
+NETWORKS = (("MNIST.ipynb", "MNIST", (1, 28, 28)), ("CIFAR.ipynb", "CIFAR10", (3, 32, 32)))
+
+
+def in_world(size: int, work):
+    """Call `work(world)` in the first `size` of the processes, as if torchrun had started just these; the others sleep.
+
+    The sizes can so take turns, and a slow minute of the machine hits them all. Returns what `work` did on rank 0, on
+    the other ranks nothing of use.
+    """
+    rank, everybody, result = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None
+    turn, store = f"turn/{next(TURNS)}", helpers._store  # none where there is but one process
+    if rank < size:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+        helpers._world = helpers.World(rank, size, rank)
+        if size > 1:
+            backend = "cpu:gloo,cuda:nccl" if helpers.pick_device().type == "cuda" else "gloo"
+            group = dist.PrefixStore(f"{turn}/group", store)
+            dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=timedelta(minutes=5))
+        result = work(helpers._world)
+        helpers.leave_world()
+    if everybody > 1:
+        store.set(f"{turn}/over/{rank}", "1")
+        store.wait([f"{turn}/over/{other}" for other in range(everybody)], timedelta(hours=1))
+    return result
+
+
+def training_seconds(page, split, world):
+    """Train passes over `split`. Returns (seconds of a pass, seconds without any exchange, seconds of one all-reduce of
+    the gradients and nothing else, bytes of the gradients); alone the middle two are nan."""
+    half = torch.full((split.images.shape[1],), 0.5)
+    options = dict(batch_size=page["BATCH_SIZE"], device=helpers.pick_device(), mean=half, std=half, shuffle=True)
+    options |= dict(rank=world.rank, world_size=world.size, memory_format=LAYOUT, translate=1)
+    loader = helpers.ResidentLoader(split, **options)
+    model, run = network(page, next(iter(loader))[0])
+    gradients = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained, seconds = helpers.distribute(model), []
+    contexts = [contextlib.nullcontext, contextlib.nullcontext]  # the first one warms up
+    for context in contexts + ([trained.no_sync] if world.size > 1 else []):
+        helpers.sum_over_ranks(torch.zeros(1, device=loader.device))[0].item()  # all begin together
+        begin = time.perf_counter()
+        with context():
+            losses, _, _ = page["train_one_epoch"](trained, loader, *run)
+            helpers.sum_over_ranks(losses)[0].tolist()  # as the pages do, once an epoch
+        seconds.append(time.perf_counter() - begin)
+    if world.size == 1:
+        return seconds[1], math.nan, math.nan, 4 * gradients
+    flat, times = torch.zeros(gradients, device=loader.device), []
+    for _ in range(11):
+        begin = time.perf_counter()
+        dist.all_reduce(flat)
+        helpers.synchronize(loader.device)
+        times.append(time.perf_counter() - begin)
+    return seconds[1], seconds[2], statistics.median(times[1:]), 4 * gradients
+
+
+def ddp_rates(arguments, sizes) -> None:
+    """Images/s for each number of processes, which take turns; the exchange's share of a step, and alone."""
+    on_gpu, rows = helpers.pick_device().type == "cuda", []
+    pages = [notebooks.page(name) for name, _, _ in NETWORKS]
+    if not on_gpu:
+        pages[1] |= dict(WIDTHS=(16, 32, 64), BATCH_SIZE=200)
+    for page in pages:  # that every number of processes can share
+        page["BATCH_SIZE"] = math.ceil(page["BATCH_SIZE"] / math.lcm(*sizes)) * math.lcm(*sizes)
+    steps = (100, 100) if on_gpu else (30, 3)
+    counts = [steps * page["BATCH_SIZE"] for steps, page in zip(steps, pages, strict=True)]
+    splits = [
+        helpers.stand_in(name, True, shape, count) for (_, name, shape), count in zip(NETWORKS, counts, strict=True)
+    ]
+
+    def both(world):
+        return [training_seconds(page, split, world) for page, split in zip(pages, splits, strict=True)]
+
+    rounds = [{size: in_world(size, both) for size in sizes} for _ in range(arguments.repeats)]
+    if int(os.environ["RANK"]):
+        return
+    for kind, name in enumerate(("LeNet-5", f"FastCNN, widths {pages[1]['WIDTHS']}")):
+        for size in sizes:
+            seconds, quiet, exchange, size_of = zip(*(results[size][kind] for results in rounds), strict=True)
+            first = [results[sizes[0]][kind][0] for results in rounds]
+            ratio = statistics.median(a / b for a, b in zip(first, seconds, strict=True))
+            row = [name, pages[kind]["BATCH_SIZE"], size, f"{counts[kind] / statistics.median(seconds):,.0f}"]
+            row += [f"{ratio:.2f} ×", f"{size_of[0]:,}", "none", "none"]
+            if size > 1:
+                share = statistics.median(1 - b / a for a, b in zip(seconds, quiet, strict=True))
+                row[-2:] = f"{share:.0%}", f"{1e3 * statistics.median(exchange):.2f}"
+            rows.append(row)
+    cores = os.cpu_count()
+    where = "a GPU each" if on_gpu else f"over gloo on {cores} cores: this shows correctness and overhead, no speed-up"
+    title = f"Training in several processes, {where}; median of {arguments.repeats}, fp32"
+    header = ["network", "batch", "processes", "images/s", f"against {sizes[0]}", "gradients, bytes a step"]
+    table(title, [*header, "exchange, share of a step", "all-reduce alone, ms"], rows)
+
+
+def statistics_of(split):
+    """Mean and standard deviation of a split's channels, as the loader takes them."""
+    pixels = split.images[:10_000].float() / 255
+    return dict(mean=pixels.mean(dim=(0, 2, 3)), std=pixels.std(dim=(0, 2, 3)))
+
+
+def equal_training(page, train, test, weights, world):
+    """One epoch of LeNet-5. Returns (loss of each global batch, number of test images that all ranks read together,
+    right answers, right answers of a model with rank 0's `weights` or None, the new weights)."""
+    options = dict(batch_size=page["BATCH_SIZE"], device=helpers.pick_device(), seed=1, memory_format=LAYOUT)
+    options |= dict(rank=world.rank, world_size=world.size, **statistics_of(train))
+    loader = helpers.ResidentLoader(train, **options, shuffle=True, translate=1)
+    test_loader = helpers.ResidentLoader(test, **options)
+    torch.manual_seed(1 + world.rank)  # the copies must become equal by themselves
+    model, run = network(page, torch.zeros(1, *train.images.shape[1:], device=loader.device), len(loader))
+    losses, _, _ = page["train_one_epoch"](helpers.distribute(model), loader, *run)
+    [losses] = helpers.sum_over_ranks(losses / world.size)
+    state = deepcopy(model.state_dict())
+    logits, right = helpers.predict(model, test_loader), []
+    right.append((logits.argmax(dim=1) == test_loader.labels).sum().item())
+    if world.rank == 0 and weights is not None:
+        model.load_state_dict(weights)
+    helpers.distribute(model)  # gives all ranks rank 0's weights
+    right.append((helpers.predict(model, test_loader).argmax(dim=1) == test_loader.labels).sum().item())
+    return losses.double().tolist(), len(logits), *right, state
+
+
+def ddp_equality(arguments, sizes) -> None:
+    """Losses of LeNet-5 and its test accuracy for each number of processes, on MNIST and on LAB_DATASET."""
+    names = {"MNIST": (1, 28, 28)} | ({os.environ["LAB_DATASET"]: (3, 32, 32)} if "LAB_DATASET" in os.environ else {})
+    batch_size, rows = math.lcm(*sizes) * (240 // math.lcm(*sizes)), []
+    page = notebooks.page("MNIST.ipynb", BATCH_SIZE=batch_size)
+    for name, shape in names.items():
+        train, test = (helpers.load(name, part, shape) for part in (True, False))
+        train = train.subset(torch.arange(len(train) // batch_size * batch_size))  # whole batches
+        weights = first = None
+        for size in sizes:
+            result = in_world(size, functools.partial(equal_training, page, train, test, weights))
+            if result is None or int(os.environ["RANK"]):
+                continue
+            losses, count, right, same, state = result
+            first, weights = first or losses, weights or state
+            apart = [abs(a - b) / abs(a) for a, b in zip(first, losses, strict=True)]
+            row = [train.provenance.name, size, *(f"{max(apart[:n]):.1e}" for n in (10, 100, len(apart))), losses[-1]]
+            rows.append([*row, f"{right:,} of {count:,}", f"{same if size > sizes[0] else right:,}"])
+    if int(os.environ["RANK"]) == 0:
+        title = f"LeNet-5, one epoch in batches of {batch_size}, fp32: losses against those of {sizes[0]} process"
+        header = ["data", "processes", "largest relative difference, 10 steps", "100 steps", "all steps", "last loss"]
+        table(title, [*header, "test images right", "right with the first row's weights"], rows)
+
+
+def shared_training(page, part, held_out, epochs, seed, world):
+    """Train CIFAR.ipynb's network in this world as the page does; return its accuracy on the held-out images."""
+    options = dict(batch_size=page["BATCH_SIZE"], device=helpers.pick_device(), seed=seed, memory_format=LAYOUT)
+    options |= dict(rank=world.rank, world_size=world.size, **statistics_of(part))
+    augmentation = dict(flip=True, alternate=True, translate=page["TRANSLATE"])
+    loader = helpers.ResidentLoader(part, **options, shuffle=True, **augmentation)
+    torch.manual_seed(seed)
+    model, run = network(page, next(iter(loader))[0], epochs * len(loader))
+    loader.epoch = 0
+    trained, sizes = helpers.distribute(model), page["RESOLUTIONS"][-epochs:]
+    for epoch in range(epochs):
+        size = sizes[epoch * len(sizes) // epochs]
+        page["train_one_epoch"](trained, loader, *run[:3], size, *run[4:])
+        helpers.average_over_ranks(model)
+    return helpers.evaluate(model, helpers.ResidentLoader(held_out, **options))[1]
+
+
+def ddp_statistics(arguments, sizes) -> None:
+    """Accuracy of CIFAR.ipynb's network on held-out images, its batches normalised in one piece or in shares."""
+    helpers.reuse_memory()
+    epochs, page = arguments.epochs or 4, notebooks.page("CIFAR.ipynb", WIDTHS=(32, 64, 128))
+    data = helpers.load(page["DATASET"], True, (3, 32, 32))
+    part, held_out = helpers.hold_out(data, min(10_000, len(data) // 5), 0)
+    part, results = part.subset(torch.arange(min(20_000, len(part)))), {size: [] for size in sizes}
+    for seed in range(1, arguments.seeds + 1):
+        for size in sizes:
+            work = functools.partial(shared_training, page, part, held_out, epochs, seed)
+            results[size].append(in_world(size, work))
+            if int(os.environ["RANK"]) == 0:
+                print(f"  seed {seed}, {size} processes: {results[size][-1]:.2%}", flush=True)
+    if int(os.environ["RANK"]):
+        return
+    rows = []
+    for size, accuracies in results.items():
+        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else math.nan
+        text = f"{100 * statistics.mean(accuracies):.2f} ± {100 * spread:.2f} %"
+        apart = [100 * (b - a) for a, b in zip(results[sizes[0]], accuracies, strict=True)]
+        spread = statistics.stdev(apart) if len(apart) > 1 else math.nan
+        difference = f"{statistics.mean(apart):+.2f} ± {spread:.2f}" if size > sizes[0] else "none"
+        rows.append([size, page["BATCH_SIZE"] // size, text, difference])
+    title = f"{len(part):,} training and {len(held_out):,} held-out images of {data.provenance}, {epochs} epochs in "
+    title += (
+        f"batches of {page['BATCH_SIZE']}, widths {page['WIDTHS']}, fp32, {arguments.seeds} seeds; one process has "
+    )
+    title += "the statistics that SyncBatchNorm would exchange"
+    header = ["processes", "images that share statistics", "held-out accuracy", "points against the first, per seed"]
+    table(title, header, rows)
+
+
+# What the reckoning assumes. Of a link: bytes/s in one direction, as its makers state them, and the seconds that each
+# step of a ring takes besides. Of a network: FLOP/s that a GPU reaches in it, and the seconds below which no step
+# comes, however few its images, since so many kernels must be started.
+LINKS = {
+    "PCIe 4.0 x16": (31.5e9, 10e-6),
+    "NVLink, A100": (300e9, 5e-6),
+    "NVLink, H100": (450e9, 5e-6),
+    "100 Gb/s network": (12.5e9, 20e-6),
+}
+ASSUMED = {"MNIST.ipynb": (1e12, 0.5e-3), "CIFAR.ipynb": (50e12, 2e-3)}
+
+
+def ring_seconds(count: int, size: int, bandwidth: float, latency: float) -> float:
+    """Seconds in which a ring of `count` GPUs sums `size` bytes: 2 (count - 1) steps of size / count bytes each."""
+    return 2 * (count - 1) * (size / count / bandwidth + latency)
+
+
+def ddp_model(count: int) -> None:
+    """The table of README: what the exchange among `count` GPUs takes on paper, without any overlap with computing."""
+    rows = []
+    for name, dataset, shape in NETWORKS:
+        rate, floor = ASSUMED[name]
+        for widths in [None] if name == "MNIST.ipynb" else [(64, 128, 256), (64, 160, 320)]:
+            page = notebooks.page(name, **({"WIDTHS": widths} if widths else {}))
+            images, counts = helpers.stand_in(dataset, True, shape, 16).images / 255, []
+            for some in (images[:8], images):
+                model, run = network(page, images)
+                with FlopCounterMode(display=False) as counter:
+                    page["train_one_epoch"](model, [(some, torch.arange(len(some)) % 10)], *run)
+                counts.append(counter.get_total_flops())
+            each = (counts[1] - counts[0]) / 8  # for an image
+            fixed = counts[0] - 8 * each  # for a step, on every GPU: Muon's
+            size, batch = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad), page["BATCH_SIZE"]
+
+            def seconds(batch, link=None, each=each, fixed=fixed, rate=rate, floor=floor, size=size):
+                if link is None:  # one GPU
+                    return max(floor, (batch * each + fixed) / rate)
+                return max(floor, (batch / count * each + fixed) / rate) + ring_seconds(count, size, *LINKS[link])
+
+            row = [f"FastCNN {widths}" if widths else "LeNet-5", f"{size:,}", f"{1e3 * seconds(batch):.2f} ({batch})"]
+            row.append(f"{1e3 * fixed / rate:.2f}" if fixed else "none")
+            row.append(" · ".join(f"{1e3 * ring_seconds(count, size, *link):.2f}" for link in LINKS.values()))
+            row.append(" · ".join(f"{seconds(batch) / seconds(batch, link):.1f}" for link in LINKS))
+            enough = [
+                next(b for b in itertools.count(count, count) if seconds(b) >= 0.8 * count * seconds(b, link))
+                for link in LINKS
+            ]
+            rows.append([*row, " · ".join(f"{number:,}" for number in enough)])
+    links = " · ".join(LINKS)
+    header = [
+        "network",
+        "gradients, bytes",
+        "a step on one GPU, ms (batch)",
+        "of it Muon",
+        f"all-reduce of {count}, ms: {links}",
+    ]
+    header += [f"{count} GPUs train so many times as fast", "batch for 80 % of linear"]
+    table("A reckoning, nothing here was measured; it assumes what stands above it in tests/bench.py", header, rows)
+
+
+def ddp(arguments) -> None:
+    """Start the processes with torchrun, and measure in them; the model needs none."""
+    gpus = torch.cuda.device_count()
+    default = [n for n in (1, 2, 4, 8) if n <= gpus] if gpus else [1, 2, 3, 4] if arguments.equality else [1, 2, 4]
+    sizes = [int(size) for size in arguments.processes.split(",")] if arguments.processes else default
+    if arguments.model:
+        return ddp_model(max(sizes) if arguments.processes else 8)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={max(sizes)}"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}  # in_world divides them
+        sys.exit(subprocess.run([*torchrun, *sys.argv], env=environment, check=False).returncode)
+    helpers.join_world()
+    helpers.leave_world()  # each turn makes its own
+    kind = ddp_equality if arguments.equality else ddp_statistics if arguments.statistics else ddp_rates
+    kind(arguments, sizes)
+
+
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=("start", "input", "mnist", "cifar", "growth", "logging"))
+    parser.add_argument("benchmark", choices=("start", "input", "mnist", "cifar", "growth", "logging", "ddp"))
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement of a rate")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is shown")
     parser.add_argument("--seeds", type=int, default=3)
@@ -413,6 +702,10 @@ def main() -> None:
     )
     parser.add_argument("--page-epochs", type=int, default=4, help="mnist: of the page's recipe, fixed in advance")
     parser.add_argument("--recipes", default="published,page", help="cifar: which ones")
+    parser.add_argument("--processes", help="ddp: how many, with commas (1,2,4, or up to the number of GPUs)")
+    parser.add_argument("--equality", action="store_true", help="ddp: see above")
+    parser.add_argument("--statistics", action="store_true", help="ddp: see above")
+    parser.add_argument("--model", action="store_true", help="ddp: see above")
     arguments = parser.parse_args()
     globals()[arguments.benchmark](arguments)
 

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -129,6 +131,58 @@ def test_bad_input_is_one_error_of_rank_0(tmp_path):
     with pytest.raises(helpers.LabError) as error:
         helpers.launch("MNIST.ipynb", 2, 60, RUNS=tmp_path, BATCH_SIZE=25)
     assert str(error.value).count("LAB_BATCH_SIZE=25 cannot be shared by 2") == 1
+
+
+# What both launched notebooks do: add up over their ranks, then find that the ranks were given different settings.
+ADD_AND_DIFFER = """
+import os, torch
+[total] = helpers.sum_over_ranks(torch.tensor({first} + world.rank))
+print("total", total.item())
+os.environ["LAB_EPOCHS"], EPOCHS = str(1 + world.rank), 0
+try:
+    helpers.override_settings(globals())
+except helpers.LabError as error:
+    print(error)
+"""
+
+
+def test_two_launches_at_once_do_not_collide_and_differing_settings_are_named(tmp_path, capsys):
+    paths = [notebook(tmp_path / f"{n}.ipynb", START + ADD_AND_DIFFER.format(first=n)) for n in (10, 20)]
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(helpers.launch, path, 2, 100) for path in paths]
+    assert [job.exception() for job in jobs] == [None, None]
+    printed = sorted(capsys.readouterr().out.splitlines())
+    differ = "Settings differ between processes: {'EPOCHS': 1} on rank 0, {'EPOCHS': 2} on rank 1."
+    assert printed == [differ, differ, "total 21", "total 41"]
+
+
+def test_a_port_in_use(monkeypatch):
+    monkeypatch.setattr(helpers, "_world", helpers.World())
+    monkeypatch.setattr(helpers, "_route_output", lambda rank: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(helpers.LabError, match="address already in use"):
+            helpers.join_world(5)
+
+
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_the_page_sets_its_rate_beside_the_launched_runs(name, tmp_path, monkeypatch):
+    def finish(run, size, rate):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "metrics.json").write_text(json.dumps({"world_size": size, "images_per_second": rate}))
+
+    finish("an older one", 8, 9000.0)
+    finish("this", 1, 1000.0)
+    monkeypatch.setattr(helpers, "launch", lambda notebook, processes, **settings: finish("new", processes, 1500.0))
+    tables, [cell] = {}, [cell for cell in notebooks.code_cells(name) if "helpers.launch(" in cell.source]
+    page = dict(PROCESSES=2, EPOCHS=1, world=helpers.World(), run=tmp_path / "this", helpers=helpers, json=json)
+    exec(cell.source, page | {"writer": SimpleNamespace(add_text=tables.__setitem__)})
+    lines = tables["tables/processes"].splitlines()
+    assert lines[2:] == ["| 1 | 1,000 | 1.00 × |", "| 2 | 1,500 | 1.50 × |"]
 
 
 def test_a_rendezvous_that_never_completes_is_an_error_within_the_time():

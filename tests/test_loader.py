@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import helpers
+import notebooks
 
 CPU = torch.device("cpu")
 
@@ -147,6 +148,21 @@ def test_ranks_split_each_global_batch(world_size):
         else:  # what the ranks cannot share equally is left out
             assert len(labels) - world_size < len(together[1]) <= len(labels)
             assert set(together[1].tolist()) <= set(labels.tolist())
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_distort_each_image_as_one_process_does(world_size):
+    distorted = notebooks.page("MNIST.ipynb", layout=torch.contiguous_format)["distorted"]
+    options = dict(shuffle=True, translate=1, seed=3, batch_size=12, count=96)
+    plain, alone = make_noise(**options)[1], make_noise(**options)[1]
+    ranks = [make_noise(**options, rank=rank, world_size=world_size)[1] for rank in range(world_size)]
+    batches = zip(plain, distorted(alone, 10), *(distorted(loader, 10) for loader in ranks), strict=True)
+    for before, after, *parts in batches:
+        images, labels = by_label(*after)
+        assert not torch.allclose(by_label(*before)[0], images, atol=0.1)
+        together = by_label(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        assert torch.equal(together[1], labels)
+        assert torch.allclose(together[0], images, atol=1e-5)
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused_by_name():
