@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
@@ -805,7 +806,8 @@ def download(dataset: str, name: str, checksum: str, home: Path) -> Path:
                     except Exception as error:  # whatever a server, a proxy or the network does: the next mirror
                         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                             raise
-                        reasons.append(f"  {url}: {type(error).__name__}: {str(error)[:300]}")
+                        cause = str(error).rpartition("Caused by ")[2]  # urllib3 wraps it several times
+                        reasons.append(f"  {url}: {type(error).__name__}: {cause[:300]}")
     except (OSError, filelock.Timeout) as error:
         (home / f".{name}.part").unlink(missing_ok=True) if isinstance(error, OSError) else None
         reasons.append(f"  {home}: {error}")
@@ -826,7 +828,8 @@ def _stream(url: str, output_file, pooch) -> None:
     part = Path(output_file).with_name(f".{url.rsplit('/', 1)[-1]}.part")
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, stream=True, timeout=TIMEOUTS, headers=headers) as answer:
+    answer = _within(sum(TIMEOUTS), lambda: requests.get(url, stream=True, timeout=TIMEOUTS, headers=headers))
+    with answer:
         if answer.status_code == 416:  # nothing is left to send, or the part is longer than the file: begin anew
             part.unlink(missing_ok=True)
         answer.raise_for_status()
@@ -852,6 +855,23 @@ def _stream(url: str, output_file, pooch) -> None:
         if length and received < length:
             raise ConnectionError(f"ended after {received:,} of {length:,} bytes")
     os.replace(part, output_file)
+
+
+def _within(seconds: float, call):
+    """Return `call()`. Raises TimeoutError after `seconds`; a timeout of requests counts from the last byte on only."""
+    result = concurrent.futures.Future()
+
+    def work():
+        try:
+            result.set_result(call())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except concurrent.futures.TimeoutError:
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
 
 
 def _show_download(url: str, received: int, length: int, shown: float) -> float:
