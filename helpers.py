@@ -275,6 +275,8 @@ def pick_precision(device: torch.device, name: str = "auto") -> str:
         return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        if torch.are_deterministic_algorithms_enabled():
+            return "fp32"  # a measurement may come out otherwise in the next run
         # A clear gain only: noise must not make the precision differ from run to run.
         return "bf16" if _block_seconds("bf16") < 0.8 * _block_seconds("fp32") else "fp32"
     return "fp32"
@@ -296,6 +298,24 @@ def _block_seconds(precision: str) -> float:
             layers(images).float().sum().backward()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
+
+
+def set_seed(seed: int, deterministic: bool = False) -> None:
+    """Seed PyTorch's random numbers. If `deterministic`, also let it use only operations that give the same bits again.
+
+    Call it before the first tensor is on a GPU: cuBLAS reads its setting once. Raises LabError when it is too late.
+    """
+    torch.manual_seed(seed)
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
+    if deterministic and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        if torch.cuda.is_initialized() and torch.cuda.memory_stats().get("allocation.all.allocated", 0):
+            raise LabError(
+                "LAB_DETERMINISTIC=1 comes too late, the GPU is in use already: restart the kernel, run all."
+            )
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if deterministic:
+        torch.backends.cudnn.benchmark = False  # it would choose algorithms by their times
 
 
 def synchronize(device: torch.device) -> None:
