@@ -1402,12 +1402,13 @@ def save_checkpoint(
             events = sorted(run.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
         content["events"] = [events[-1].name, events[-1].stat().st_size] if events else []
         try:
+            torch.save(content, packed := io.BytesIO())
             with replacing(path) as temporary:
-                torch.save(content, temporary)
+                temporary.write_bytes(packed.getbuffer())
                 if path.exists():
                     os.replace(path, run / "checkpoint.previous.pt")
             failures.pop("checkpoint", None)
-        except (OSError, RuntimeError) as error:  # a full disk: torch reports it as a RuntimeError
+        except OSError as error:  # a full disk, say
             failures["checkpoint"] = f"checkpoint of epoch {epoch}: {_reason(error)}"
             print(f"Epoch {epoch} has no checkpoint, the training goes on: {_reason(error)}")
     from_rank_0(None)  # the others wait until it is there
@@ -1426,6 +1427,8 @@ def load_checkpoint(path: Path) -> dict:
             raise ValueError(f"it is no dictionary of {', '.join(sorted(wanted))}")
         return content
     except Exception as error:  # whatever a damaged or crafted file makes the reader raise
+        if isinstance(error, pickle.UnpicklingError):  # torch would explain how to load it nevertheless
+            error = ValueError("it holds more than plain numbers and text, and could run code")
         previous = path.with_name("checkpoint.previous.pt")
         advice = f" The one before it is {previous}: rename it to {path.name} to go on from there."
         raise LabError(f"{path} is no readable checkpoint: {_reason(error)}." + advice * previous.exists()) from None

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "once: not to be repeated in the long form, for it takes long or repeats itself")
+
+
 @pytest.fixture
 def fault(record_property):
     """`with fault("its name") as seen:` times the block, from the fault to the verdict; `seen(text)` keeps what the

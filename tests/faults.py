@@ -27,7 +27,7 @@ class Collector:
 
     @pytest.hookimpl(trylast=True)
     def pytest_generate_tests(self, metafunc):
-        if "fault" in metafunc.fixturenames and "number" not in metafunc.fixturenames:
+        if "fault" in metafunc.fixturenames and metafunc.definition.get_closest_marker("once") is None:
             metafunc.fixturenames.append("repeat")
             metafunc.parametrize("repeat", range(self.repeats), indirect=True)
 
@@ -52,7 +52,7 @@ class Collector:
 def shortened(text: str, length: int) -> str:
     """The text on one line that fits into a table, without the folders that only this machine has."""
     text = re.sub(r" for url: \S+|\(?HTTPS?Connection\w*\(.*?\): ?", "", " ".join(text.split()))
-    text = re.sub(r"(?<!\S)/\S*/(?=[^/\s]+)", "…/", text).replace("|", "\\|")
+    text = re.sub(r"(?<![\w:/…])/\S*/(?=[^/\s]+)", "…/", text).replace("|", "\\|")
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 

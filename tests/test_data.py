@@ -153,6 +153,7 @@ class TestMnist:
             provenance, printed = in_child(read_as_told, nobody=True)
             seen(printed.strip("!\n") or provenance)
         if refused:
+            seen(caught.value)
             assert not isinstance(caught.value, helpers.DataUnavailable)
         elif holding == "nothing":
             assert provenance.source == "stand-in"

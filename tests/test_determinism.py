@@ -67,6 +67,7 @@ def test_too_late_is_said(monkeypatch):
         helpers.set_seed(1, deterministic=True)
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not test_resume.LONG, reason="two whole runs; the quick form is one run and a resumed one")
 @pytest.mark.parametrize("name", notebooks.NAMES)
 def test_two_runs_are_identical_in_every_logged_number(name, whole, tmp_path, fault):

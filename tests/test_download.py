@@ -188,6 +188,7 @@ def test_dead_ends_are_named_too(kind, name, reason, dead_ends, server, tmp_path
 QUICK = [kind for kind in FAULTS if kind not in ("slow-headers", "silent", "stalled", "trickle")]
 
 
+@pytest.mark.once
 def test_a_good_mirror_behind_all_the_bad_ones_is_found(server, tmp_path, dead_ends, fault, monkeypatch):
     bad = [f"{server.url}/{kind}" for kind in (FAULTS if LONG else QUICK)] + list(dead_ends.values())
     mirrors(monkeypatch, *bad, f"{server.url}/good")

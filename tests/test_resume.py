@@ -144,6 +144,7 @@ def finished_epochs(run):
     return reached
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 @pytest.mark.parametrize(("name", "number"), NUMBERED)
 def test_killed_and_resumed_equals_uninterrupted(name, number, whole, tmp_path, fault):
@@ -334,6 +335,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(container, tmp_path, fault)
     with fault("checkpoint that would run code") as seen:
         with pytest.raises(helpers.LabError, match="no readable checkpoint") as error:
             helpers.load_checkpoint(tmp_path / "checkpoint.pt")
+        assert "weights_only" not in str(error.value), "no advice to load it nevertheless"
         seen(error.value)
         assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "checkpoint.pt", weights_only=False) if container is torch.save else pickle.loads(
@@ -343,6 +345,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(container, tmp_path, fault)
 
 
 class TestTrainingThatGoesWrong:
+    @pytest.mark.once
     @pytest.mark.skipif(not LONG, reason="a whole page; the next test is the quick form")
     def test_a_page_whose_loss_is_not_finite_stops(self, tmp_path, fault):
         with (
@@ -441,13 +444,13 @@ class TestSideParts:
             helpers.write_metrics(run, **dict.fromkeys(helpers.METRICS, "?" * 10_000))
         assert not (run / "metrics.json").exists()
 
+    @pytest.mark.once
     @pytest.mark.skipif(not LONG, reason="a whole page; the test before is the quick form")
     def test_a_page_on_a_disk_that_fills_up_trains_to_its_end(self, small_disk, tmp_path, fault):
-        disk = small_disk(1000)
-        (tmp_path / "runs").symlink_to(disk)
+        (tmp_path / "runs").symlink_to(small_disk(1000))
         with fault("MNIST.ipynb on a disk that fills up") as seen, Page("MNIST.ipynb", tmp_path / "runs") as page:
-            output = page.finish()
-            seen(next(line for line in output.splitlines() if "the training goes on" in line))
+            page.wait_for('"missing"')
+            seen(next(line for line in page.output.splitlines() if "the training goes on" in line))
             metrics = json.loads((page.run / "metrics.json").read_text())
             assert any("No space left" in text for text in metrics["missing"])
             assert metrics["epochs"] == 6
