@@ -313,6 +313,13 @@ def test_a_full_disk_is_a_clear_error_without_remains(server, small_disk, fault,
     assert len(server.asked) == 1, "another mirror would not help"
 
 
+def test_on_a_terminal_it_says_how_far_it_is(server, tmp_path, monkeypatch, capsys):
+    mirrors(monkeypatch, f"{server.url}/good")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    download(tmp_path)
+    assert f"{NAME}: 0.0 of 0 MB" in capsys.readouterr().err
+
+
 def test_members_that_point_elsewhere_are_never_written(tmp_path):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
