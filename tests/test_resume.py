@@ -365,7 +365,7 @@ class TestTrainingThatGoesWrong:
         with pytest.raises(helpers.LabError, match=r"nan in epoch 3, step 3 of 4 .*0\.4.* rate 0\.1.*checkpoint\.pt"):
             helpers.check_finite([0.5, 0.4, float("nan"), float("nan")], 3, 0.1, saved[0])
 
-    def test_out_of_memory_names_the_setting_and_frees_the_memory(self):
+    def test_out_of_memory_names_the_setting_and_frees_the_memory(self, fault):
         kept = []
 
         def step():
@@ -373,8 +373,10 @@ class TestTrainingThatGoesWrong:
             kept.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-        with pytest.raises(helpers.LabError, match="LAB_BATCH_SIZE=250") as caught, helpers.memory_advice(500):
-            step()
+        with fault("CUDA out of memory (the error is raised, there is no GPU)") as seen:
+            with pytest.raises(helpers.LabError, match="LAB_BATCH_SIZE=250") as caught, helpers.memory_advice(500):
+                step()
+            seen(caught.value)
         assert "Tried to allocate" in str(caught.value)
         assert kept[0]() is None
 
