@@ -71,7 +71,8 @@ def table(collected: Collector, length: int = 110) -> str:
         lines.append(
             f"| {name} | {len(entries)} | {survived} | {median} ({most}) | {shortened(entries[-1]['seen'], length)} |"
         )
-    return "\n".join(lines)
+    every = [entry["survived"] for entries in collected.rows.values() for entry in entries]
+    return "\n".join([*lines, "", f"{len(collected.rows)} faults, {len(every)} times tried, {sum(every)} survived."])
 
 
 def main() -> int:
