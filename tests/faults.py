@@ -95,6 +95,8 @@ def main() -> int:
     print(f"\n{text}\n\n{helpers.device_name(helpers.pick_device('cpu'))}; torch {helpers.torch.__version__}")
     for name, reason in collected.skipped.items():
         print(f"not tried: {name}: {reason}")
+    for name in collected.broken:
+        print(f"failed before its fault: {name}")
     if chosen.output:
         chosen.output.write_text(text + "\n", encoding="utf-8")
     return int(code != 0)
