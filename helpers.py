@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
@@ -69,9 +70,12 @@ TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "f
 
 
 RANGES = {  # of settings whose names end so
-    **dict.fromkeys(("EPOCHS", "BATCH_SIZE", "SEEDS"), (1, math.inf)),
-    **dict.fromkeys(("_RATE", "DECAY", "VALIDATION", "TRANSLATE", "DISTORT", "EMBEDDINGS", "PROCESSES"), (0, math.inf)),
+    **dict.fromkeys(("EPOCHS", "BATCH_SIZE", "SEEDS", "IMAGES", "WIDTHS", "RESOLUTIONS"), (1, math.inf)),
+    **dict.fromkeys(
+        ("_RATE", "DECAY", "VALIDATION", "TRANSLATE", "DISTORT", "EMBEDDINGS", "PROCESSES", "DEPTHS"), (0, math.inf)
+    ),
     **dict.fromkeys(("MOMENTUM", "SMOOTHING"), (0, 1)),
+    "SEED": (0, 10**12),  # what the loader makes of it must fit into 64 bits
 }
 
 
@@ -111,7 +115,8 @@ def override_settings(namespace: dict) -> dict:
     settings = {name: namespace[name] for name in sorted(known)}
     for name, value in settings.items():
         low, high = next((r for end, r in RANGES.items() if name.endswith(end)), (-math.inf, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(low <= v <= high for v in values if isinstance(v, int | float)):
             raise LabError(
                 f"LAB_{name}={value}: must be {f'from {low} to {high}' if high < math.inf else f'at least {low}'}."
             )
@@ -276,6 +281,8 @@ def pick_precision(device: torch.device, name: str = "auto") -> str:
         return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        if torch.are_deterministic_algorithms_enabled():
+            return "fp32"  # a measurement may come out otherwise in the next run
         # A clear gain only: noise must not make the precision differ from run to run.
         return "bf16" if _block_seconds("bf16") < 0.8 * _block_seconds("fp32") else "fp32"
     return "fp32"
@@ -297,6 +304,24 @@ def _block_seconds(precision: str) -> float:
             layers(images).float().sum().backward()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
+
+
+def set_seed(seed: int, deterministic: bool = False) -> None:
+    """Seed PyTorch's random numbers. If `deterministic`, also let it use only operations that give the same bits again.
+
+    Call it before the first tensor is on a GPU: cuBLAS reads its setting once. Raises LabError when it is too late.
+    """
+    torch.manual_seed(seed)
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
+    if deterministic and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        if torch.cuda.is_initialized() and torch.cuda.memory_stats().get("allocation.all.allocated", 0):
+            raise LabError(
+                "LAB_DETERMINISTIC=1 comes too late, the GPU is in use already: restart the kernel, run all."
+            )
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if deterministic:
+        torch.backends.cudnn.benchmark = False  # it would choose algorithms by their times
 
 
 def synchronize(device: torch.device) -> None:
@@ -496,24 +521,38 @@ def from_all_ranks(value) -> list:
     return values
 
 
+def _thread_failed(args, others=threading.excepthook) -> None:
+    """Say nothing when TensorBoard's thread fails, which `EventWriter` does in one line; leave `others` as they are."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        others(args)
+
+
 class EventWriter:
     """TensorBoard's `SummaryWriter`, which never brings down the training: after its first failure (a full disk, a
     folder that became read-only) it says so once and does nothing more. On ranks other than 0 it does nothing.
+
+    `failures`: what the run's directory lacks, the events or the last checkpoint, to why.
     """
 
     def __init__(self, run: Path):
-        self.failure, self.writer = None, None
+        self.failures, self.writer = {}, None
         if _world.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _thread_failed
             self._try(lambda: setattr(self, "writer", SummaryWriter(run)))
 
     def _try(self, action):
         try:
             return action()
         except OSError as error:  # also when the writing thread met it
-            self.failure, self.writer = _reason(error), None
-            print(f"TensorBoard's events can no longer be written, the training goes on: {self.failure}")
+            self.failures["events"], self.writer = f"events: {_reason(error)}", None
+            print(f"TensorBoard's events can no longer be written, the training goes on: {_reason(error)}")
+
+    @property
+    def failure(self) -> str | None:
+        """All failures in one line, None if there was none."""
+        return "; ".join(self.failures.values()) or None
 
     def __getattr__(self, name):
         def call(*arguments, **options):
@@ -807,7 +846,8 @@ def download(dataset: str, name: str, checksum: str, home: Path) -> Path:
                     except Exception as error:  # whatever a server, a proxy or the network does: the next mirror
                         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                             raise
-                        reasons.append(f"  {url}: {type(error).__name__}: {str(error)[:300]}")
+                        cause = str(error).rpartition("Caused by ")[2]  # urllib3 wraps it several times
+                        reasons.append(f"  {url}: {type(error).__name__}: {cause[:300]}")
     except (OSError, filelock.Timeout) as error:
         (home / f".{name}.part").unlink(missing_ok=True) if isinstance(error, OSError) else None
         reasons.append(f"  {home}: {error}")
@@ -828,7 +868,8 @@ def _stream(url: str, output_file, pooch) -> None:
     part = Path(output_file).with_name(f".{url.rsplit('/', 1)[-1]}.part")
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, stream=True, timeout=TIMEOUTS, headers=headers) as answer:
+    answer = _within(sum(TIMEOUTS), lambda: requests.get(url, stream=True, timeout=TIMEOUTS, headers=headers))
+    with answer:
         if answer.status_code == 416:  # nothing is left to send, or the part is longer than the file: begin anew
             part.unlink(missing_ok=True)
         answer.raise_for_status()
@@ -856,6 +897,23 @@ def _stream(url: str, output_file, pooch) -> None:
     os.replace(part, output_file)
 
 
+def _within(seconds: float, call):
+    """Return `call()`. Raises TimeoutError after `seconds`; a timeout of requests counts from the last byte on only."""
+    result = concurrent.futures.Future()
+
+    def work():
+        try:
+            result.set_result(call())
+        except Exception as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except concurrent.futures.TimeoutError:
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+
+
 def _show_download(url: str, received: int, length: int, shown: float) -> float:
     """On a terminal, write how far a download is, once a second; return when that was."""
     if time.monotonic() - shown < 1 or in_notebook() or not sys.stderr.isatty():
@@ -879,8 +937,12 @@ def read_idx(data: bytes) -> torch.Tensor:
 
 def _decode_mnist(table, contents: list[bytes], provenance: Provenance) -> Split:
     images, labels = map(read_idx, contents)
-    if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.max() > 9:
+    if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
         raise LabError(f"{provenance.name}: images {list(images.shape)} and labels {list(labels.shape)} do not fit.")
+    if (odd := (labels > 9).nonzero()).numel():
+        raise LabError(
+            f"{provenance.name}: label number {int(odd[0])} is {labels[odd[0]].item()}, and none is above 9."
+        )
     classes = tuple(name.split(" - ")[0] for name in table.classes)
     return Split(images.unsqueeze(1), labels.long(), classes, provenance)
 
@@ -950,7 +1012,7 @@ def read_image(path: str | Path, shape: tuple[int, int, int]) -> torch.Tensor:
     try:
         with Image.open(path) as image:
             image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (width, height))
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders raise anything, and Pillow an error of its own for a decompression bomb
         raise LabError(f"{path} cannot be read as an image: {error}. Repair or remove it.") from None
     return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1).contiguous()
 
@@ -1293,8 +1355,11 @@ def write_metrics(run: Path, missing: list[str] | None = None, **metrics) -> Non
 
 
 def _write_json(path: Path, content: dict) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LabError(f"Cannot write {path}: {error.strerror}. Make room and run this cell again.") from None
 
 
 def check_finite(losses: list[float], epoch: int, learning_rate: float, run: Path) -> None:
@@ -1340,17 +1405,20 @@ def save_checkpoint(
         content["rng"] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             content["rng"]["cuda"] = torch.cuda.get_rng_state()
-        path, events = run / "checkpoint.pt", []
+        path, events, failures = run / "checkpoint.pt", [], getattr(writer, "failures", {})
         if writer is not None:
             writer.flush()
             events = sorted(run.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
         content["events"] = [events[-1].name, events[-1].stat().st_size] if events else []
         try:
+            torch.save(content, packed := io.BytesIO())
             with replacing(path) as temporary:
-                torch.save(content, temporary)
+                temporary.write_bytes(packed.getbuffer())
                 if path.exists():
                     os.replace(path, run / "checkpoint.previous.pt")
-        except (OSError, RuntimeError) as error:  # a full disk: torch reports it as a RuntimeError
+            failures.pop("checkpoint", None)
+        except OSError as error:  # a full disk, say
+            failures["checkpoint"] = f"checkpoint of epoch {epoch}: {_reason(error)}"
             print(f"Epoch {epoch} has no checkpoint, the training goes on: {_reason(error)}")
     from_rank_0(None)  # the others wait until it is there
 
@@ -1362,8 +1430,14 @@ def load_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums of what it reads
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} does not match")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        wanted = {"epoch", "model", "optimizers", "schedulers", "rng", "progress"}
+        if not (isinstance(content, dict) and wanted <= content.keys()):
+            raise ValueError(f"it is no dictionary of {', '.join(sorted(wanted))}")
+        return content
+    except Exception as error:  # whatever a damaged or crafted file makes the reader raise
+        if isinstance(error, pickle.UnpicklingError):  # torch would explain how to load it nevertheless
+            error = ValueError("it holds more than plain numbers and text, and could run code")
         previous = path.with_name("checkpoint.previous.pt")
         advice = f" The one before it is {previous}: rename it to {path.name} to go on from there."
         raise LabError(f"{path} is no readable checkpoint: {_reason(error)}." + advice * previous.exists()) from None
@@ -1400,8 +1474,12 @@ def open_run(
         run = new_run(lab, tag, settings, device, classes)
         print(f"new run {run.name}")
         return run, None
-    free = {"RESUME", "DEVICE", "COMPILE", "EMBEDDINGS", "ABLATION"}  # what may differ without another training
-    before = _read_config(run).get("settings", {})
+    config = _read_config(run)
+    if config.get("tag") != tag:
+        raise LabError(f"{run} cannot go on with other data: they were {config.get('tag')}, and are {tag}.")
+    free = {"RESUME", "DEVICE", "COMPILE", "PROCESSES", "LIGHTNING"}  # what may differ without another training
+    free |= {name for name in settings if name.startswith(("EMBEDDINGS", "ABLATION", "EXPERIMENT", "OWN_"))}
+    before = config.get("settings", {})
     after = json.loads(json.dumps(settings))
     if odd := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:
         odd = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in sorted(odd) if name not in free]
@@ -1680,27 +1758,41 @@ class Monitor:
     def __enter__(self):
         self.stop, self.begin = threading.Event(), time.perf_counter()
         self.thread = threading.Thread(target=self._run, name="monitor", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError as error:  # this user has too many threads
+            self._give_up(error)
         return self
 
     def __exit__(self, *_):
         self.stop.set()
-        self.thread.join(timeout=5)
+        if self.thread.ident is not None:
+            self.thread.join(timeout=5)
         self.seconds += time.perf_counter() - self.begin
         self.ends.append(self.seconds)
 
     def _run(self):
-        while not self.stop.wait(self.interval):
-            seconds = self.seconds + time.perf_counter() - self.begin
-            sample = {"seconds": seconds, "time": time.time()}
-            for quantity, read in list(self.readers.items()):
-                try:
-                    sample[quantity] = float(read())
-                except Exception as error:  # not supported here, or an error midway: never again
-                    self.reasons[quantity] = _reason(error) + f", after {len(self.samples)} samples"
-                    del self.readers[quantity]
-            if len(sample) > 2:
-                self.samples.append(sample)
+        try:
+            while not self.stop.wait(self.interval):
+                self._sample()
+        except BaseException as error:  # whatever ends this thread: the samples are no longer the whole
+            self._give_up(error)
+
+    def _sample(self):
+        seconds = self.seconds + time.perf_counter() - self.begin
+        sample = {"seconds": seconds, "time": time.time()}
+        for quantity, read in list(self.readers.items()):
+            try:
+                sample[quantity] = float(read())
+            except Exception as error:  # not supported here, or an error midway: never again
+                self._give_up(error, quantity)
+        if len(sample) > 2:
+            self.samples.append(sample)
+
+    def _give_up(self, error, *quantities):
+        for quantity in quantities or list(self.readers):
+            self.reasons[quantity] = _reason(error) + f", after {len(self.samples)} samples"
+            del self.readers[quantity]
 
     def state(self) -> dict:
         """What a checkpoint keeps of it."""
@@ -1818,6 +1910,7 @@ class Progress:
 
     Wrap the batches of each epoch: `for images, labels in progress(train_loader):`. It never waits for the device. Give
     the loader too where the batches come from a generator around it.
+    Raises LabError when the loader is in another epoch than the loop, as it is when the loop's cell is run again.
     """
 
     def __init__(self, epochs: int, finished: int = 0):
@@ -1827,10 +1920,15 @@ class Progress:
 
     def __call__(self, batches, loader=None):
         """Yield the batches, counting them."""
-        steps = len(batches if loader is None else loader)
+        loader = batches if loader is None else loader
+        if getattr(loader, "epoch", self.epoch) != self.epoch:
+            raise LabError(
+                "This cell has trained the network before and would train it on, unasked. Run the cell that opens the "
+                'run first: it begins a new one or, with RESUME = "latest", goes on where this one ended.'
+            )
         for step, batch in enumerate(batches, start=1):
             yield batch
-            self._update((self.epoch + step / steps) / self.epochs)
+            self._update((self.epoch + step / len(loader)) / self.epochs)
         self.epoch += 1
         self._update(self.epoch / self.epochs, last=True)
 

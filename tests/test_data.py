@@ -1,8 +1,10 @@
+import contextlib
 import gzip
 import http.server
 import io
 import os
 import pickle
+import shutil
 import tarfile
 import threading
 from typing import ClassVar
@@ -14,7 +16,9 @@ import torchvision
 from PIL import Image
 
 import helpers
+from rights import in_child, needs_fork, write_protect
 
+LONG = bool(os.environ.get("FAULTS_LONG"))
 GREY, COLOR = (1, 28, 28), (3, 32, 32)
 
 
@@ -82,6 +86,14 @@ def cifar(request, data, monkeypatch):
     return request.param, table, buffer.getvalue()
 
 
+def read_as_told():
+    """The provenance of MNIST's training part, and what was printed while it was read."""
+    torch.set_num_threads(1)  # those of the parent are not there after a fork
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        split = helpers.load("MNIST", train=True, shape=GREY)
+    return split.provenance, printed.getvalue()
+
+
 class TestMnist:
     def test_reads_torchvisions_layout(self, mnist):
         split = helpers.load("MNIST", train=True, shape=GREY)
@@ -96,12 +108,14 @@ class TestMnist:
     @pytest.mark.parametrize(
         "damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:900] + b"\xff" + b[901:], lambda b: b[:8] + b[16:]]
     )
-    def test_damaged_file_is_refused_by_name_and_kept(self, mnist, data, damage):
+    def test_damaged_file_is_refused_by_name_and_kept(self, mnist, data, damage, fault):
         path = data / "MNIST" / "raw" / "train-images-idx3-ubyte"
         bad = damage(path.read_bytes())
         path.write_bytes(bad)
-        with pytest.raises(helpers.LabError, match="train-images-idx3-ubyte") as caught:
-            helpers.load("MNIST", train=True, shape=GREY)
+        with fault("MNIST file altered, of the right length or not") as seen:
+            with pytest.raises(helpers.LabError, match="train-images-idx3-ubyte") as caught:
+                helpers.load("MNIST", train=True, shape=GREY)
+            seen(caught.value)
         assert not isinstance(caught.value, helpers.DataUnavailable)  # it would be replaced by a stand-in
         assert path.read_bytes() == bad
 
@@ -114,16 +128,48 @@ class TestMnist:
         assert helpers.load("MNIST", train=True, shape=GREY).provenance.verified
         assert path.read_bytes() == good
 
-    def test_read_only_folder_with_archives_serves(self, mnist, data):
+    @needs_fork
+    @pytest.mark.parametrize("holding", ["good files", "good archives", "a damaged file", "nothing"])
+    def test_a_folder_that_nobody_may_write_serves_what_it_has(
+        self, holding, mnist, data, common_folder, fault, monkeypatch
+    ):
         raw = data / "MNIST" / "raw"
         for name, content in mnist.items():
-            (raw / name.removesuffix(".gz")).unlink()
-            (raw / name).write_bytes(content)
-        raw.chmod(0o500)
-        try:
-            assert len(helpers.load("MNIST", train=True, shape=GREY)) == 60
-        finally:
-            raw.chmod(0o700)
+            if holding != "good files":
+                (raw / name.removesuffix(".gz")).unlink()
+            if holding == "good archives":
+                (raw / name).write_bytes(content)
+            if holding == "a damaged file":
+                (raw / name.removesuffix(".gz")).write_bytes(b"?")
+        shutil.copytree(data, common_folder / "data")
+        write_protect(common_folder)
+        monkeypatch.setenv("LAB_DATA", str(common_folder / "data"))
+        monkeypatch.setenv("LAB_OFFLINE", "0")
+        monkeypatch.setitem(helpers.MIRRORS, "MNIST", ())
+        monkeypatch.setitem(helpers.SIZES, "MNIST", (300, 100))
+        refused = holding == "a damaged file"
+        with fault(f"read-only data folder with {holding}") as seen, contextlib.ExitStack() as stack:
+            caught = stack.enter_context(pytest.raises(helpers.LabError, match="does not match")) if refused else None
+            provenance, printed = in_child(read_as_told, nobody=True)
+            seen(printed.strip("!\n") or provenance)
+        if refused:
+            seen(caught.value)
+            assert not isinstance(caught.value, helpers.DataUnavailable)
+        elif holding == "nothing":
+            assert provenance.source == "stand-in"
+            assert "Permission denied" in printed
+            assert "By hand" in printed
+        else:
+            assert provenance == helpers.Provenance("MNIST", "official", True)
+
+    def test_label_out_of_range_is_named(self, mnist, data, fault):
+        (data / "MNIST").rename(data / "FashionMNIST")  # whose raw files have no checksums
+        path = data / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
+        with fault("label out of range") as seen:
+            with pytest.raises(helpers.LabError, match="label number 59 is 11") as caught:
+                helpers.load("FashionMNIST", train=True, shape=GREY)
+            seen(caught.value)
 
     def test_fashion_without_its_archive_is_read_but_not_verified(self, mnist, data):
         (data / "MNIST").rename(data / "FashionMNIST")
@@ -164,7 +210,7 @@ class TestCifar:
         assert torch.equal(again.images, split.images)
         assert torch.equal(again.labels, split.labels)
 
-    def test_altered_pickle_is_never_opened(self, cifar, data, tmp_path):
+    def test_altered_pickle_is_never_opened(self, cifar, data, tmp_path, fault):
         name, table, archive = cifar
         (data / table.filename).write_bytes(archive)
         helpers.load(name, train=True, shape=COLOR)
@@ -177,9 +223,13 @@ class TestCifar:
 
         path = data / table.base_folder / table.train_list[0][0]
         path.write_bytes(pickle.dumps(Evil()))
-        with pytest.raises(helpers.LabError, match=path.name):
-            helpers.load(name, train=True, shape=COLOR)
-        assert not witness.exists()
+        with fault("malicious pickle in place of a batch") as seen:
+            with pytest.raises(helpers.LabError, match=path.name) as caught:
+                helpers.load(name, train=True, shape=COLOR)
+            seen(caught.value)
+            assert not witness.exists()
+        pickle.loads(path.read_bytes())
+        assert witness.exists(), "and it would have run, had it been opened"
 
     def test_wrong_archive_is_refused_by_name(self, cifar, data):
         name, table, archive = cifar
@@ -249,20 +299,37 @@ class TestImageFolder:
         assert helpers.load(str(image_folder), train=True, shape=COLOR).images.shape == (6, 3, 32, 32)
         assert helpers.load(str(image_folder), train=False, shape=GREY).images.shape == (6, 1, 28, 28)
 
-    def test_unreadable_image_is_named(self, image_folder):
-        (image_folder / "train" / "cat" / "1.png").write_bytes(b"no image")
-        with pytest.raises(helpers.LabError, match=r"1\.png"):
-            helpers.load(str(image_folder), train=True, shape=COLOR)
+    def check_refused(self, folder, name, words, fault):
+        with fault(name) as seen:
+            with pytest.raises(helpers.LabError, match=words) as caught:
+                helpers.load(str(folder), train=True, shape=COLOR)
+            seen(caught.value)
 
-    def test_class_missing_in_one_part_is_named(self, image_folder):
+    @pytest.mark.parametrize("damage", [lambda data: b"no image", lambda data: b"", lambda data: data[:400]])
+    def test_one_corrupt_jpeg_among_many_is_named(self, image_folder, damage, fault):
+        good = Image.effect_noise((32, 32), 50).convert("RGB")
+        for number in range(3_000 if LONG else 30):
+            good.save(image_folder / "train" / "狗" / f"图{number}.jpg")
+        path = image_folder / "train" / "狗" / "图17.jpg"
+        path.write_bytes(damage(path.read_bytes()))
+        self.check_refused(image_folder, "corrupt JPEG among thousands, non-ASCII names", r"图17\.jpg", fault)
+
+    def test_an_image_too_large_to_decode_is_named(self, image_folder, fault, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+        self.check_refused(image_folder, "image that is a decompression bomb", r"0\.png.*decompression bomb", fault)
+
+    def test_class_missing_in_one_part_is_named(self, image_folder, fault):
         (image_folder / "test" / "狗").rename(image_folder / "test" / "bird")
-        with pytest.raises(helpers.LabError, match="bird, 狗"):
-            helpers.load(str(image_folder), train=True, shape=COLOR)
+        self.check_refused(image_folder, "class missing in one part", "bird, 狗", fault)
 
-    def test_empty_class_is_named(self, image_folder):
+    def test_empty_class_is_named(self, image_folder, fault):
         (image_folder / "train" / "empty").mkdir()
-        with pytest.raises(helpers.LabError, match="empty"):
-            helpers.load(str(image_folder), train=True, shape=COLOR)
+        self.check_refused(image_folder, "class without images", "empty", fault)
+
+    def test_empty_folder_is_named(self, image_folder, fault):
+        shutil.rmtree(image_folder / "train")
+        (image_folder / "train").mkdir()
+        self.check_refused(image_folder, "empty folder", "train", fault)
 
     def test_no_such_folder(self):
         with pytest.raises(helpers.LabError, match=r"nowhere.*MNIST"):

@@ -1,4 +1,7 @@
-"""The download against a local server that misbehaves in every way a network does, and against files that refuse."""
+"""The download against a local server that misbehaves in every way a network does, and against files that refuse.
+
+In the long form (`python tests/faults.py`) the server is given the time that a user would have to wait.
+"""
 
 import gzip
 import hashlib
@@ -21,7 +24,9 @@ import time
 import pytest
 
 import helpers
+from rights import in_child, needs_fork
 
+LONG = bool(os.environ.get("FAULTS_LONG"))
 GOOD = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(GOOD).hexdigest()
 NAME = "archive.tar.gz"
@@ -35,6 +40,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append((kind, self.headers.get("Range")))
         if kind.isdigit():
             return self.send_error(int(kind))
+        if kind == "slow-headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Padding: ")
+            return self.trickle(b"?" * 10_000)
         if kind == "loop":
             self.send_response(302)
             self.send_header("Location", self.path)
@@ -52,23 +60,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/html" if kind == "html" else "application/octet-stream")
         if kind == "bomb":
             self.send_header("Content-Encoding", "gzip")
-        if kind not in ("unsized", "cut-unsized"):
+        if kind not in ("endless", "cut-unsized"):
             self.send_header("Content-Length", str(len(body) - begin))
         self.end_headers()
         half = len(body) // 2
         if kind == "silent":
-            time.sleep(5)
+            time.sleep(120)
         elif kind in ("stalled", "cut", "cut-unsized"):
             self.wfile.write(body[:half])
             self.wfile.flush()
-            time.sleep(5 if kind == "stalled" else 0)
+            time.sleep(120 if kind == "stalled" else 0)
         elif kind == "trickle":
-            for byte in body[:60]:
-                self.wfile.write(bytes([byte]))
-                self.wfile.flush()
-                time.sleep(0.1)
+            self.trickle(body)
+        elif kind == "endless":
+            while True:
+                self.wfile.write(body)
         else:
             self.wfile.write(body[begin:])
+
+    def trickle(self, body):
+        for byte in body:
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+            time.sleep(0.1)
 
     def log_message(self, *arguments):
         pass
@@ -85,8 +99,10 @@ class Server(http.server.ThreadingHTTPServer):
 def server(monkeypatch):
     monkeypatch.setenv("LAB_OFFLINE", "0")
     monkeypatch.setitem(helpers.MIRRORS, "CIFAR10", ())
-    monkeypatch.setattr(helpers, "TIMEOUTS", (1, 1))
-    monkeypatch.setattr(helpers, "SLOW_SECONDS", 1)
+    if not LONG:
+        monkeypatch.setattr(helpers, "TIMEOUTS", (0.3, 0.7))
+        monkeypatch.setattr(helpers, "SLOW_SECONDS", 1)
+        monkeypatch.setattr(helpers, "LARGEST", 3_000_000)
     with Server(("127.0.0.1", 0), Handler) as running:
         running.asked = []
         running.url = f"http://127.0.0.1:{running.server_port}"
@@ -108,38 +124,99 @@ def left(home):
     return sorted(path.name for path in home.iterdir() if not path.name.endswith(".lock")) if home.exists() else []
 
 
-FAULTS = ["403", "404", "429", "503", "loop", "html", "altered", "bomb", "silent", "stalled", "trickle", "cut"]
+FAULTS = {  # folder of the address: what it is called, what the reason must name
+    "403": ("HTTP 403", "403"),
+    "404": ("HTTP 404", "404"),
+    "429": ("HTTP 429, too many requests", "429"),
+    "503": ("HTTP 503", "503"),
+    "loop": ("redirects without end", "redirects"),
+    "html": ("login page with status 200", "a web page instead"),
+    "altered": ("right length, one byte altered", "hash"),
+    "bomb": ("gzip bomb as content encoding", "hash"),
+    "endless": ("body without end", "larger than any"),
+    "slow-headers": ("headers byte by byte", "no answer within"),
+    "silent": ("silence after the headers", "timed out"),
+    "stalled": ("silence in the middle", "timed out"),
+    "trickle": ("10 bytes a second", "kB/s"),
+    "cut": ("body cut short", "IncompleteRead"),
+    "cut-unsized": ("body cut short, length not given", "hash"),
+}
+SLOWEST = 30 if LONG else 5  # seconds for one source
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "cut-unsized"])
-def test_after_each_fault_the_next_mirror_brings_the_right_file(fault, server, tmp_path, monkeypatch):
-    mirrors(monkeypatch, f"{server.url}/{fault}", f"{server.url}/good")
-    start = time.monotonic()
+@pytest.fixture
+def dead_ends():
+    """Addresses where nobody listens and that nobody knows."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        yield {
+            "refused": f"http://127.0.0.1:{nobody.getsockname()[1]}",
+            "unknown": "http://no-such-host.invalid",
+        }
+
+
+def check_alone(name, reason, address, home, fault, monkeypatch):
+    """Let the address be the only one: an error in time, with its reason, and nothing under the file's name."""
+    mirrors(monkeypatch, address)
+    with fault(f"download: {name}") as seen:
+        start = time.monotonic()
+        with pytest.raises(helpers.DataUnavailable) as caught:
+            download(home)
+        assert time.monotonic() - start < SLOWEST
+        [line] = [line for line in str(caught.value).splitlines() if f"{address}/{NAME}: " in line]
+        seen(line.partition(f"{NAME}: ")[2])
+        assert reason in line
+        assert NAME not in left(home)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_each_fault_is_named_in_time_and_the_next_try_brings_the_right_file(kind, server, tmp_path, fault, monkeypatch):
+    check_alone(*FAULTS[kind], f"{server.url}/{kind}", tmp_path, fault, monkeypatch)
+    mirrors(monkeypatch, f"{server.url}/good")
     assert download(tmp_path).read_bytes() == GOOD
-    assert time.monotonic() - start < 6
     assert left(tmp_path) == [NAME]
 
 
-def test_when_nothing_serves_the_error_lists_every_source_its_reason_and_the_manual_step(server, tmp_path, monkeypatch):
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        refused = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        addresses = [*(f"{server.url}/{fault}" for fault in ("404", "html", "altered", "loop")), refused]
-        mirrors(monkeypatch, *addresses, "http://no-such-host.invalid")
-        with pytest.raises(helpers.DataUnavailable) as caught:
-            download(tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "name", "reason"),
+    [("refused", "connection refused", "refused"), ("unknown", "name that no DNS server knows", "resol")],
+)
+def test_dead_ends_are_named_too(kind, name, reason, dead_ends, server, tmp_path, fault, monkeypatch):
+    check_alone(name, reason, dead_ends[kind], tmp_path, fault, monkeypatch)
+
+
+QUICK = [kind for kind in FAULTS if kind not in ("slow-headers", "silent", "stalled", "trickle")]
+
+
+@pytest.mark.once
+def test_a_good_mirror_behind_all_the_bad_ones_is_found(server, tmp_path, dead_ends, fault, monkeypatch):
+    bad = [f"{server.url}/{kind}" for kind in (FAULTS if LONG else QUICK)] + list(dead_ends.values())
+    mirrors(monkeypatch, *bad, f"{server.url}/good")
+    with fault("download: all of these, then a good mirror") as seen:
+        assert download(tmp_path).read_bytes() == GOOD
+        seen("the data")
+    assert left(tmp_path) == [NAME]
+
+
+def test_when_nothing_serves_the_error_lists_every_source_its_reason_and_the_manual_step(
+    server, tmp_path, dead_ends, monkeypatch
+):
+    addresses = [*(f"{server.url}/{kind}" for kind in ("404", "html", "altered", "loop")), *dead_ends.values()]
+    mirrors(monkeypatch, *addresses)
+    with pytest.raises(helpers.DataUnavailable) as caught:
+        download(tmp_path)
     text = str(caught.value)
-    for address in (*addresses, "http://no-such-host.invalid"):
+    for address in addresses:
         assert f"{address}/{NAME}: " in text
-    for reason in ("404", "a web page instead", "hash", "redirects", "refused"):
-        assert reason in text, reason
     assert all(part in text for part in ("By hand", NAME, MD5, str(tmp_path)))
     assert NAME not in left(tmp_path)
 
 
-def test_a_download_that_broke_off_goes_on_where_it_ended(server, tmp_path, monkeypatch):
+def test_a_download_that_broke_off_goes_on_where_it_ended(server, tmp_path, fault, monkeypatch):
     mirrors(monkeypatch, f"{server.url}/cut", f"{server.url}/range")
-    assert download(tmp_path).read_bytes() == GOOD
+    with fault("download: broken off, then resumed") as seen:
+        assert download(tmp_path).read_bytes() == GOOD
+        seen("the data; only the rest was asked for")
     assert server.asked == [("cut", None), ("range", f"bytes={len(GOOD) // 2}-")]
 
 
@@ -151,7 +228,7 @@ def test_a_part_that_does_not_fit_is_thrown_away(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate that nobody trusts")
-def test_a_certificate_that_nobody_signed_is_refused(server, tmp_path, monkeypatch):
+def test_a_certificate_that_nobody_signed_is_refused(server, tmp_path, fault, monkeypatch):
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=127.0.0.1 -keyout key -out cert"
     subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -160,32 +237,32 @@ def test_a_certificate_that_nobody_signed_is_refused(server, tmp_path, monkeypat
         secure.asked = []
         secure.socket = context.wrap_socket(secure.socket, server_side=True)
         threading.Thread(target=secure.serve_forever, args=(0.05,), daemon=True).start()
-        mirrors(monkeypatch, f"https://127.0.0.1:{secure.server_port}/good")
-        with pytest.raises(helpers.DataUnavailable, match=r"(?i)certificate"):
-            download(tmp_path / "data")
+        address = f"https://127.0.0.1:{secure.server_port}/good"
+        check_alone("certificate that nobody signed", "certificate", address, tmp_path / "data", fault, monkeypatch)
         secure.shutdown()
     assert secure.asked == []
 
 
-fork = multiprocessing.get_context("fork") if sys.platform == "linux" else None
-
-
-@pytest.mark.skipif(fork is None, reason="starts processes by fork")
+@needs_fork
 class TestProcesses:
-    def test_eight_on_an_empty_folder_download_once(self, server, tmp_path, monkeypatch):
+    def test_eight_on_an_empty_folder_download_once(self, server, tmp_path, fault, monkeypatch):
         mirrors(monkeypatch, f"{server.url}/good")
+        fork = multiprocessing.get_context("fork")
         processes = [fork.Process(target=download, args=(tmp_path / "data",)) for _ in range(8)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(30)
-        assert [process.exitcode for process in processes] == [0] * 8
+        with fault("eight processes, empty folder") as seen:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(30)
+            assert [process.exitcode for process in processes] == [0] * 8
+            seen(f"the data in all; downloads: {len(server.asked)}")
         assert len(server.asked) == 1
         assert (tmp_path / "data" / NAME).read_bytes() == GOOD
 
-    def test_when_the_holder_of_the_lock_is_killed_the_others_take_over(self, server, tmp_path, monkeypatch):
+    def test_when_the_holder_of_the_lock_is_killed_the_others_take_over(self, server, tmp_path, fault, monkeypatch):
         mirrors(monkeypatch, f"{server.url}/stalled", f"{server.url}/good")
         monkeypatch.setattr(helpers, "TIMEOUTS", (5, 30))
+        fork = multiprocessing.get_context("fork")
         holder = fork.Process(target=download, args=(tmp_path,))
         holder.start()
         while not server.asked:
@@ -196,31 +273,51 @@ class TestProcesses:
             other.start()
         time.sleep(0.3)
         assert all(other.is_alive() for other in others), "they wait for the lock"
-        os.kill(holder.pid, signal.SIGKILL)
-        for other in others:
-            other.join(20)
-        assert [other.exitcode for other in others] == [0] * 3
+        with fault("holder of the lock killed, three wait") as seen:
+            os.kill(holder.pid, signal.SIGKILL)
+            for other in others:
+                other.join(20)
+            assert [other.exitcode for other in others] == [0] * 3
+            seen("the data in all three")
         assert (tmp_path / NAME).read_bytes() == GOOD
 
-    def test_a_full_disk_is_a_clear_error_without_remains(self, server, tmp_path, monkeypatch):
+    def test_a_limit_on_file_size_is_a_clear_error_without_remains(self, server, tmp_path, fault, monkeypatch):
         mirrors(monkeypatch, f"{server.url}/good", f"{server.url}/range")
-        answers = fork.Queue()
 
-        def child():
+        def refused():
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the kernel refuses to write more
-            try:
-                download(tmp_path)
-            except helpers.DataUnavailable as error:
-                answers.put(str(error))
+            download(tmp_path)
 
-        process = fork.Process(target=child)
-        process.start()
-        text = answers.get(timeout=20)
-        process.join()
-        assert "File too large" in text
+        with fault("limit on the size of files") as seen:
+            with pytest.raises(helpers.DataUnavailable, match="too large") as caught:
+                in_child(refused)
+            seen(reason_of(caught, tmp_path))
         assert left(tmp_path) == []
         assert len(server.asked) == 1, "another mirror would not help"
+
+
+def reason_of(caught, home):
+    [line] = [line for line in str(caught.value).splitlines() if line.startswith(f"  {home}: ")]
+    return line.partition(f"{home}: ")[2]
+
+
+def test_a_full_disk_is_a_clear_error_without_remains(server, small_disk, fault, monkeypatch):
+    disk = small_disk(100)
+    mirrors(monkeypatch, f"{server.url}/good", f"{server.url}/range")
+    with fault("disk full while downloading") as seen:
+        with pytest.raises(helpers.DataUnavailable, match="No space left") as caught:
+            download(disk)
+        seen(reason_of(caught, disk))
+    assert left(disk) == []
+    assert len(server.asked) == 1, "another mirror would not help"
+
+
+def test_on_a_terminal_it_says_how_far_it_is(server, tmp_path, monkeypatch, capsys):
+    mirrors(monkeypatch, f"{server.url}/good")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    download(tmp_path)
+    assert f"{NAME}: 0.0 of 0 MB" in capsys.readouterr().err
 
 
 def test_members_that_point_elsewhere_are_never_written(tmp_path):

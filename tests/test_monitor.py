@@ -1,5 +1,7 @@
 """The GPU monitor against the answers that NVML gives on cards that nobody has here, the failing ones included."""
 
+import ctypes
+import threading
 import time
 from types import SimpleNamespace
 
@@ -177,6 +179,41 @@ def test_an_error_in_the_block_ends_the_sampling_and_is_not_swallowed():
     with pytest.raises(KeyboardInterrupt), monitor:
         raise KeyboardInterrupt
     assert not monitor.thread.is_alive()
+
+
+def test_a_thread_that_dies_leaves_a_reason_and_not_half_a_series(card, fault):
+    card(CARDS["Tesla T4"])
+    monitor = helpers.Monitor(CUDA, interval=0.01)
+    with fault("monitor's thread dies") as seen:
+        with monitor:
+            time.sleep(0.05)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(monitor.thread.ident), ctypes.py_object(SystemExit)
+            )
+            monitor.thread.join(2)
+            assert not monitor.thread.is_alive()
+        with monitor:  # the next epoch
+            time.sleep(0.02)
+        metrics = monitor.metrics()
+        seen(metrics["gpu_utilization_reason"])
+    assert metrics["gpu_utilization"] is None
+    assert "SystemExit" in metrics["gpu_utilization_reason"]
+    assert len(monitor.ends) == 2
+
+
+def test_a_thread_that_does_not_start_leaves_a_reason(card, fault, monkeypatch):
+    card(CARDS["Tesla T4"])
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")  # as CPython does at the limit of a user's processes
+
+    monitor = helpers.Monitor(CUDA, interval=0.01)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with fault("monitor's thread does not start") as seen:
+        with monitor:
+            pass
+        seen(monitor.metrics()["gpu_utilization_reason"])
+    assert "can't start new thread, after 0 samples" in monitor.metrics()["gpu_utilization_reason"]
 
 
 def test_log_writes_each_sample_once_at_its_time(card, tmp_path):

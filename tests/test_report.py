@@ -126,6 +126,13 @@ def test_command_line_names_what_is_missing(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_show_report_never_fails(tmp_path, capsys):
+def test_show_report_never_fails(run, tmp_path, fault, capsys):
     helpers.show_report(tmp_path)
     assert "could not be written" in capsys.readouterr().out
+    (run / "config.json").write_text("{")
+    with fault("report fails") as seen:
+        helpers.show_report(run)
+        printed = capsys.readouterr().out
+        seen(printed)
+    assert printed.count("\n") == 1
+    assert "To try again: python -m helpers report" in printed
