@@ -74,7 +74,9 @@ def test_mnist_page_on_an_image_folder(tmp_path):
             for number in range(count):
                 pixels = random.integers(brightness // 2, brightness, (40, 30, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "photos" / part / name / f"{number}.png")
-    process = run("MNIST.ipynb", tmp_path / "runs", DATASET=tmp_path / "photos", VALIDATION=20, BATCH_SIZE=16, EPOCHS=3)
+    shorter = dict(EXPERIMENTS="", LIGHTNING=0, OWN_IMAGES=tmp_path / "photos" / "test" / "bright")
+    settings = dict(DATASET=tmp_path / "photos", VALIDATION=20, BATCH_SIZE=16, EPOCHS=3)
+    process = run("MNIST.ipynb", tmp_path / "runs", **settings, **shorter)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stderr == ""
     metrics, scalars = read_run(tmp_path / "runs", "mnist")

@@ -29,7 +29,7 @@ LONG = bool(os.environ.get("FAULTS_LONG"))
 KILLS = int(os.environ.get("RUNS_TO_KILL", "1"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SETTINGS = {
-    "MNIST.ipynb": {"LAB_EPOCHS": "6", "LAB_BATCH_SIZE": "20"},
+    "MNIST.ipynb": {"LAB_EPOCHS": "6", "LAB_BATCH_SIZE": "20", "LAB_EXPERIMENTS": "", "LAB_LIGHTNING": "0"},
     "CIFAR.ipynb": {"LAB_EPOCHS": "4", "LAB_ABLATION": ""},  # an epoch of each size of the images
 }
 SECONDS = 300  # for a whole run, on a machine that others use too
