@@ -2324,17 +2324,18 @@ def show_experiment(results: Results, xlabel: str = ""):
         bar = dict(fmt="o", color=COLORS[0], markerfacecolor=fill, markersize=8, capsize=4, zorder=3)
         text = f"{mean:.1f}" + f" ± {spread:.1f}" * (len(values) > 1)
         style = dict(textcoords="offset points", ha="center", fontsize=9)
+        reach = [[min(spread, mean)], [min(spread, 100 - mean)]]  # no accuracy lies beyond 0 or 100 %
         if numeric:
-            axis.errorbar(place, mean, spread, **bar)
+            axis.errorbar(place, mean, reach, **bar)
             axis.plot([place] * len(seeds), seeds, ".", color=COLORS[1], markersize=4, zorder=4)
-            axis.annotate(text, (place, max(mean + spread, *seeds, mean)), (0, 7), **style)
+            axis.annotate(text, (place, max(mean + reach[1][0], *seeds, mean)), (0, 7), **style)
         else:
-            axis.errorbar(mean, place, xerr=spread, **bar)
+            axis.errorbar(mean, place, xerr=reach, **bar)
             axis.plot(seeds, [place] * len(seeds), ".", color=COLORS[1], markersize=4, zorder=4)
             axis.annotate(text, (mean, place), (0, 9), **style)
     label = "accuracy on held-out images (%)"
     if numeric:
-        axis.set(xlabel=xlabel, ylabel=label)
+        axis.set(xlabel=xlabel, ylabel=label.replace(" on ", "\non ", 1))
         axis.set_xticks(places, [f"{place:g}" for place in places])
         axis.minorticks_off()
     else:
