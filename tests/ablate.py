@@ -25,10 +25,11 @@ def main() -> None:
     """Parse the command line, train, store after each result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--widths", default="32,64,128")
-    parser.add_argument("--train", type=int, default=20_000, help="training images")
-    parser.add_argument("--held-out", type=int, default=10_000, help="images for the accuracy")
+    parser.add_argument("--train", type=int, default=10_000, help="training images")
+    parser.add_argument("--held-out", type=int, default=5_000, help="images for the accuracy")
     parser.add_argument("--rows", default="", help="names, with commas; default: all")
     parser.add_argument("--store", type=Path, default=STORE)
     arguments = parser.parse_args()
@@ -46,22 +47,24 @@ def main() -> None:
     part, held_out = helpers.hold_out(data, min(arguments.held_out, len(data) // 5), 0)
     part = part.subset(torch.arange(min(arguments.train, len(part))))
     measured = f"{len(part):,} training and {len(held_out):,} held-out images of {data.provenance}; "
-    measured += f"widths {widths}, {arguments.epochs} epochs, fp32, {arguments.seeds} seeds; "
+    measured += f"widths {widths}, {arguments.epochs} epochs in batches of {arguments.batch_size}, fp32, "
+    measured += f"{arguments.seeds} seeds; "
     measured += f"{helpers.device_name(device)}; torch {torch.__version__}, torchvision {torchvision.__version__}; "
     measured += helpers.now()[:10]
+    setting = {"widths": list(widths), "epochs": arguments.epochs, "batch_size": arguments.batch_size}
+    setting["train"] = len(part)
     stored = {"rows": {}}
     if arguments.rows and arguments.store.exists():
         stored = json.loads(arguments.store.read_text(encoding="utf-8"))
-        if stored["widths"] != list(widths) or stored["epochs"] != arguments.epochs:
-            raise helpers.LabError(
-                f"{arguments.store} holds other widths or epochs: run all rows, or name another --store."
-            )
-    stored |= {"measured": measured, "widths": widths, "epochs": arguments.epochs, **data.provenance.as_metrics()}
+        if any(stored[name] != value for name, value in setting.items()):
+            raise helpers.LabError(f"{arguments.store} holds another setting: run all rows, or name another --store.")
+    stored |= {"measured": measured, **setting, **data.provenance.as_metrics()}
     for name in names:
         stored["rows"][name] = []
     for seed in range(1, arguments.seeds + 1):
         for name in names:  # seed by seed, so that slow hours of a shared machine hit all rows alike
-            result = page["train_row"](rows[name], part, held_out, device, widths, arguments.epochs, seed)
+            settings = (widths, page["DEPTHS"], arguments.epochs, arguments.batch_size, seed)
+            result = page["train_row"](rows[name], part, held_out, device, *settings)
             stored["rows"][name].append(result)
             print(
                 f"seed {seed}  {name:<26} accuracy {result[0]:.4f}  six views {result[1]:.4f}  {result[2]:.1f} s",

@@ -210,7 +210,7 @@ def network(page, images, steps=10**6, size=32):
     model = page["FastCNN"](page["WIDTHS"], page["DEPTHS"]).to(images.device, memory_format=LAYOUT)
     page["whiten"](model.whiten, images)
     scaler = torch.amp.GradScaler(images.device.type, enabled=False)
-    return model, (criterion, *page["make_optimizers"](model, steps), size, "fp32", scaler)
+    return model, (criterion, *page["make_optimizers"](model, steps, page["BATCH_SIZE"]), size, "fp32", scaler)
 
 
 def cifar_loader(split, train, batch_size, seed=0, **augmentation):
@@ -231,7 +231,7 @@ def page_recipe(train, seed, epochs):
     loader = cifar_loader(train, train, page["BATCH_SIZE"], seed, shuffle=True, **augmentation)
     model = page["FastCNN"](page["WIDTHS"], page["DEPTHS"], len(train.classes)).to(loader.device, memory_format=LAYOUT)
     page["whiten"](model.whiten, next(iter(cifar_loader(train, train, 5_000)))[0])
-    optimizers, schedulers = page["make_optimizers"](model, epochs * len(loader))
+    optimizers, schedulers = page["make_optimizers"](model, epochs * len(loader), page["BATCH_SIZE"])
     sizes = sizes[-epochs:]
     return page, model, loader, optimizers, schedulers, [sizes[e * len(sizes) // epochs] for e in range(epochs)]
 
@@ -254,7 +254,7 @@ def published_recipe(train, seed, epochs):
     model = model.to(loader.device, memory_format=LAYOUT)
     page["whiten"](model.whiten, next(iter(cifar_loader(train, train, 5_000)))[0])
     steps = epochs * len(loader)
-    optimizers, schedulers = page["make_optimizers"](model, steps)
+    optimizers, schedulers = page["make_optimizers"](model, steps, page["BATCH_SIZE"])
     bias, bias_steps = model.whiten.bias.requires_grad_(True), 3 * steps / 8
     optimizers.append(torch.optim.SGD([bias], 106.0, momentum=0.85, nesterov=True, weight_decay=0.004 / 106))
     fall = torch.optim.lr_scheduler.LambdaLR(optimizers[-1], lambda step: max(0.0, 1 - step / bias_steps))
@@ -273,7 +273,7 @@ def train_recipe(recipe, train, seed, epochs):
         kind = size, model.whiten.bias is not None and model.whiten.bias.requires_grad
         if kind not in counts:  # a step of a copy, so that counting costs the training no time
             copy = deepcopy(model)
-            few = page["make_optimizers"](copy, 1)
+            few = page["make_optimizers"](copy, 1, page["BATCH_SIZE"])
             batch = [next(iter(loader))]
             loader.epoch -= 1
             with FlopCounterMode(display=False) as counter:
@@ -342,7 +342,7 @@ def growth(arguments) -> None:
     for widths in ((64, 128, 256), (128, 256, 512)):
         model = page["FastCNN"](widths).to(device, memory_format=LAYOUT)
         page["whiten"](model.whiten, batch[0])
-        run = ([batch], nn.CrossEntropyLoss(), *page["make_optimizers"](model, 100), 32, "fp32")
+        run = ([batch], nn.CrossEntropyLoss(), *page["make_optimizers"](model, 100, page["BATCH_SIZE"]), 32, "fp32")
         scaler, rates = torch.amp.GradScaler(device.type, enabled=False), []
         with FlopCounterMode(display=False) as counter:
             page["train_one_epoch"](model, *run, scaler)

@@ -58,7 +58,7 @@ def main() -> None:
             model = page["FastCNN"](widths=(8, 8, 16))
             page["whiten"](model.whiten, next(iter(loader))[0])
             loader.epoch = 0
-            optimizers = page["make_optimizers"](model, 50)
+            optimizers = page["make_optimizers"](model, 50, page["BATCH_SIZE"])
             arguments = (*optimizers, 32, "fp32", torch.amp.GradScaler("cpu", enabled=False))
         losses, loss_sum, correct = train(page, model, arguments, loader, world)
         logits = helpers.predict(model, test_loader)

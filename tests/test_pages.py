@@ -41,7 +41,7 @@ def make_cifar(device):
     page |= notebooks.settings("CIFAR.ipynb") | {"MUON_RATE": 0.1, "BIAS_RATE": 0.05}
     model = page["FastCNN"](widths=(8, 16, 16)).to(device)
     page["whiten"](model.whiten, torch.randn(50, 3, 32, 32, device=device)) if device == "cpu" else None
-    optimizers, schedulers = page["make_optimizers"](model, 100)
+    optimizers, schedulers = page["make_optimizers"](model, 100, page["BATCH_SIZE"])
     scaler = torch.amp.GradScaler(device, enabled=False)
 
     def train_one_epoch(model, loader, criterion, optimizers, schedulers, size=32):

@@ -186,7 +186,7 @@ def test_cifars_two_optimizers_resume_bit_for_bit(tmp_path):
         helpers.set_seed(1)
         model, scaler = page["FastCNN"]((8, 8, 8)), torch.amp.GradScaler("cpu", enabled=False)
         loader = helpers.ResidentLoader(split, **options, shuffle=True, flip=True, alternate=True, translate=2, seed=1)
-        optimizers, schedulers = page["make_optimizers"](model, 3 * len(loader))
+        optimizers, schedulers = page["make_optimizers"](model, 3 * len(loader), page["BATCH_SIZE"])
         checkpoint = tmp_path / "checkpoint.pt"
         begin, _ = helpers.restore(
             helpers.load_checkpoint(checkpoint) if checkpoint.exists() else None, model, optimizers, schedulers, loader

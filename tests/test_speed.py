@@ -145,7 +145,8 @@ def test_a_row_of_the_ablation_trains(name):
     page = cifar()
     data = helpers.stand_in("CIFAR10", True, (3, 32, 32), 400)
     part, held_out = helpers.hold_out(data, 100, 0)
-    results = [page["train_row"](page["recipe_rows"]()[name], part, held_out, CPU, (8, 8, 8), 2, 1) for _ in range(2)]
+    arguments = (page["recipe_rows"]()[name], part, held_out, CPU, (8, 8, 8), (1, 1, 1), 2, 50, 1)
+    results = [page["train_row"](*arguments) for _ in range(2)]
     assert results[0][:2] == results[1][:2], "same seed, same accuracy"
     assert all(0 <= accuracy <= 1 for accuracy in results[0][:2])
     assert results[0][2] > 0
