@@ -577,7 +577,9 @@ def event_writer(run: Path, checkpoint: dict | None = None) -> EventWriter:
     old, kept = sorted(run.glob("events.out.tfevents.*")) if _world.rank == 0 else [], b""
     if checkpoint and checkpoint.get("events") and old:
         name, size = checkpoint["events"]
-        kept = (run / name).read_bytes()[:size] if (run / name).exists() else b""
+        # Resumed before, but stopped short of the next checkpoint, a run has the same bytes in a file of another name.
+        enough = [path for path in (run / name, *old) if path.exists() and path.stat().st_size >= size]
+        kept = enough[0].read_bytes()[:size] if enough else b""
     writer = EventWriter(run)
     if kept:
         from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader

@@ -280,6 +280,27 @@ def test_other_settings_are_refused_with_the_difference(saved):
         reopen("latest", {"EPOCHS": 3, "SEED": 2})
 
 
+def test_the_curves_survive_a_second_interruption_before_the_next_checkpoint(saved):
+    run, model, optimizer, schedule = saved
+    writer = helpers.event_writer(run)
+    for epoch in (1, 2, 3):
+        writer.add_scalar("loss/train", 1 / epoch, epoch)
+        writer.add_image("noise", torch.rand(3, 8, 8), epoch)
+    helpers.save_checkpoint(run, 3, model, [optimizer], [schedule], writer)
+    writer.close()
+    for _ in range(3):  # resumed, and killed in the middle of epoch 4, which had logged something
+        checkpoint = reopen("latest")[1]
+        writer = helpers.event_writer(run, checkpoint)
+        [events] = run.glob("events*")
+        assert events.stat().st_size == checkpoint["events"][1]
+        writer.add_scalar("loss/train", 0.1, 4)
+        writer.flush()
+        (run / "events.out.tfevents.9999999999.half").write_bytes(b"?")  # and while the events were copied
+    (run / "events.out.tfevents.9999999999.half").unlink()
+    points = EventAccumulator(str(run)).Reload().Scalars("loss/train")
+    assert [point.step for point in points] == [1, 2, 3, 4]
+
+
 def test_nothing_to_resume_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
     with pytest.raises(helpers.LabError, match="LAB_RESUME=latest"):
