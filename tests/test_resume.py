@@ -153,11 +153,14 @@ def test_killed_and_resumed_equals_uninterrupted(name, number, whole, tmp_path, 
     variables = {"LAB_DETERMINISTIC": deterministic, "LAB_RESUME": ""}
     kills = [SIGNALS[number % len(SIGNALS)]]
     kills += [random.choice(SIGNALS)] * (LONG and number % 2)  # every second one is interrupted twice
-    reached, complete = 0, False
+    reached, complete, epochs = 0, False, int(SETTINGS[name]["LAB_EPOCHS"])
     for chosen in kills:
         with Page(name, runs, **variables) as page:
             page.wait_for("new run", "resuming")
-            time.sleep(random.uniform(0, seconds))
+            epoch = random.randrange(reached, max(epochs, reached + 1))
+            if epoch > reached:
+                page.wait_for(f"\nepoch {epoch:>2} ")  # is finished; however slow this machine is just now
+            time.sleep(random.uniform(0, seconds / epochs))
             page.process.send_signal(chosen)
             page.process.wait(60)
         reached, complete = finished_epochs(page.run), (page.run / "metrics.json").exists()
