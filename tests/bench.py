@@ -514,53 +514,71 @@ def ddp_rates(arguments, sizes) -> None:
 
 
 def statistics_of(split):
-    """Mean and standard deviation of a split's channels, as the loader takes them."""
-    pixels = split.images[:10_000].float() / 255
-    return dict(mean=pixels.mean(dim=(0, 2, 3)), std=pixels.std(dim=(0, 2, 3)))
+    """Mean and standard deviation of a split's channels, as the loader takes them; summed in 64 bits, since the order
+    of the sum changes with the number of threads."""
+    pixels = split.images[:10_000].double() / 255
+    return dict(mean=pixels.mean(dim=(0, 2, 3)).float(), std=pixels.std(dim=(0, 2, 3)).float())
 
 
-def equal_training(page, train, test, weights, world):
-    """One epoch of LeNet-5. Returns (loss of each global batch, number of test images that all ranks read together,
-    right answers, right answers of a model with rank 0's `weights` or None, the new weights)."""
+def equal_training(page, train, test, weights, double, nudge, world):
+    """Train LeNet-5 on `train` once, in the first epoch of the page's schedule. Returns (loss of each global batch,
+    number of test images that all ranks read together, right answers, right answers of a model with rank 0's `weights`
+    or None, the new weights). `double` computes in 64 bits, `nudge` changes each weight at the start by that share."""
     options = dict(batch_size=page["BATCH_SIZE"], device=helpers.pick_device(), seed=1, memory_format=LAYOUT)
     options |= dict(rank=world.rank, world_size=world.size, **statistics_of(train))
     loader = helpers.ResidentLoader(train, **options, shuffle=True, translate=1)
     test_loader = helpers.ResidentLoader(test, **options)
     torch.manual_seed(1 + world.rank)  # the copies must become equal by themselves
-    model, run = network(page, torch.zeros(1, *train.images.shape[1:], device=loader.device), len(loader))
+    model, run = network(page, torch.zeros(1, *train.images.shape[1:], device=loader.device), 1_500)
+    if double:
+        model.double().register_forward_pre_hook(lambda module, images: images[0].double())
+    with torch.no_grad():
+        for weight in model.parameters() if nudge else ():
+            weight.mul_(1 + nudge * torch.randn_like(weight))
     losses, _, _ = page["train_one_epoch"](helpers.distribute(model), loader, *run)
-    [losses] = helpers.sum_over_ranks(losses / world.size)
-    state = deepcopy(model.state_dict())
-    logits, right = helpers.predict(model, test_loader), []
+    [losses] = helpers.sum_over_ranks(losses.double() / world.size)
+    state, right = deepcopy(model.state_dict()), []
+    logits = helpers.predict(model, test_loader)
     right.append((logits.argmax(dim=1) == test_loader.labels).sum().item())
     if world.rank == 0 and weights is not None:
         model.load_state_dict(weights)
     helpers.distribute(model)  # gives all ranks rank 0's weights
     right.append((helpers.predict(model, test_loader).argmax(dim=1) == test_loader.labels).sum().item())
-    return losses.double().tolist(), len(logits), *right, state
+    return losses.tolist(), len(logits), *right, state
 
 
 def ddp_equality(arguments, sizes) -> None:
-    """Losses of LeNet-5 and its test accuracy for each number of processes, on MNIST and on LAB_DATASET."""
+    """Losses of LeNet-5 and its test accuracy for each number of processes, on MNIST and on LAB_DATASET; and, as what
+    rounding alone does, those of one process whose weights were changed in the seventh digit."""
     names = {"MNIST": (1, 28, 28)} | ({os.environ["LAB_DATASET"]: (3, 32, 32)} if "LAB_DATASET" in os.environ else {})
     batch_size, rows = math.lcm(*sizes) * (240 // math.lcm(*sizes)), []
     page = notebooks.page("MNIST.ipynb", BATCH_SIZE=batch_size)
     for name, shape in names.items():
         train, test = (helpers.load(name, part, shape) for part in (True, False))
-        train = train.subset(torch.arange(len(train) // batch_size * batch_size))  # whole batches
-        weights = first = None
-        for size in sizes:
-            result = in_world(size, functools.partial(equal_training, page, train, test, weights))
-            if result is None or int(os.environ["RANK"]):
-                continue
-            losses, count, right, same, state = result
-            first, weights = first or losses, weights or state
-            apart = [abs(a - b) / abs(a) for a, b in zip(first, losses, strict=True)]
-            row = [train.provenance.name, size, *(f"{max(apart[:n]):.1e}" for n in (10, 100, len(apart))), losses[-1]]
-            rows.append([*row, f"{right:,} of {count:,}", f"{same if size > sizes[0] else right:,}"])
+        train = train.subset(torch.arange(min(100, len(train) // batch_size) * batch_size))  # whole batches
+        for double in (False, True):
+            weights = first = None
+            for size, nudge in [
+                (sizes[0], 0.0),
+                *([] if double else [(1, 1e-7)]),
+                *((size, 0.0) for size in sizes[1:]),
+            ]:
+                result = in_world(size, functools.partial(equal_training, page, train, test, weights, double, nudge))
+                if int(os.environ["RANK"]):
+                    continue
+                losses, count, right, same, state = result
+                first, weights = first or losses, weights or state
+                apart = [abs(a - b) / abs(a) for a, b in zip(first, losses, strict=True)]
+                row = [
+                    train.provenance.name,
+                    "fp64" if double else "fp32",
+                    f"{size}, weights nudged" if nudge else size,
+                ]
+                row += [f"{max(apart[:n]):.0e}" for n in (10, 30, len(apart))] + [f"{losses[-1]:.4f}"]
+                rows.append([*row, f"{right:,} of {count:,}", f"{same if first is not losses else right:,}"])
     if int(os.environ["RANK"]) == 0:
-        title = f"LeNet-5, one epoch in batches of {batch_size}, fp32: losses against those of {sizes[0]} process"
-        header = ["data", "processes", "largest relative difference, 10 steps", "100 steps", "all steps", "last loss"]
+        title = f"LeNet-5, batches of {batch_size}: losses against those of {sizes[0]} process"
+        header = ["data", "", "processes", "largest relative difference, 10 steps", "30", f"{len(losses)}", "last loss"]
         table(title, [*header, "test images right", "right with the first row's weights"], rows)
 
 
