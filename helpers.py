@@ -2002,11 +2002,14 @@ def show(canvas, provenance: Provenance) -> None:
     if provenance.source == "stand-in":
         canvas.suptitle(f"STAND-IN DATA, NOT {provenance.name}", color=COLORS[1], weight="bold", fontsize=12)
     if in_notebook():
+        import PIL.Image
         from IPython.display import Image, display
 
-        buffer = io.BytesIO()
+        buffer, small = io.BytesIO(), io.BytesIO()
         canvas.savefig(buffer, format="png", facecolor="white")
-        display(Image(data=buffer.getvalue(), format="png"), metadata={})
+        # A palette makes half the size of it: notebooks with many figures stay easy to load and to send.
+        PIL.Image.open(buffer).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(small, format="png")
+        display(Image(data=small.getvalue(), format="png"), metadata={})
 
 
 def show_images(images: torch.Tensor, titles: list[str], provenance: Provenance, columns: int = 10) -> None:
