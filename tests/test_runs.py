@@ -147,7 +147,7 @@ class TestProgress:
     def test_silent_where_nobody_watches(self, capsys, monkeypatch):
         monkeypatch.setattr(helpers, "watched", lambda: False)
         assert list(helpers.Progress(epochs=1)([1, 2, 3])) == [1, 2, 3]
-        assert list(helpers.Progress(epochs=1)(iter([1, 2, 3]), 3)) == [1, 2, 3]
+        assert list(helpers.Progress(epochs=1)(iter([1, 2, 3]), [1, 2, 3])) == [1, 2, 3]
         captured = capsys.readouterr()
         assert captured.out + captured.err == ""
 
