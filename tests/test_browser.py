@@ -117,7 +117,7 @@ def draw_a_digit(browser):
     """Draw with the mouse on the pad, and see ten probabilities change."""
     [index] = [i for i, cell in enumerate(notebooks.read("MNIST.ipynb").cells) if "show_drawing_pad" in cell.source]
     browser.execute_script(f"jupyterapp.shell.currentWidget.content.scrollToItem({index}, 'center')")
-    pad = wait(lambda: browser.find_elements("css selector", ".jp-OutputArea canvas"), 20)[-1]
+    pad = wait(lambda: browser.find_elements("css selector", ".jp-OutputArea canvas"), 90)[-1]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", pad)
     time.sleep(0.5)
     mouse = webdriver.ActionChains(browser).move_to_element_with_offset(pad, -60, -70).click_and_hold()
@@ -127,7 +127,7 @@ def draw_a_digit(browser):
     labels = (
         "return [...document.querySelectorAll('.widget-label')].map(x => x.textContent).filter(x => x.endsWith('%'))"
     )
-    assert len(wait(lambda: browser.execute_script(labels), 20)) == 10
+    assert len(wait(lambda: browser.execute_script(labels), 90)) == 10
 
 
 def test_tensorboard_shows_the_reference_runs(browser):
