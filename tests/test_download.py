@@ -290,14 +290,15 @@ class TestProcesses:
             download(tmp_path)
 
         with fault("limit on the size of files") as seen:
-            with pytest.raises(helpers.DataUnavailable, match="too large") as caught:
-                in_child(refused)
-            seen(reason_of(caught, tmp_path))
-        assert left(tmp_path) == []
-        assert len(server.asked) == 1, "another mirror would not help"
+            seen(refused_for_room(lambda: in_child(refused), tmp_path, "too large", server))
 
 
-def reason_of(caught, home):
+def refused_for_room(call, home, match, server):
+    """The reason that `call` gives for its refusal, after which nothing is left in `home`."""
+    with pytest.raises(helpers.DataUnavailable, match=match) as caught:
+        call()
+    assert left(home) == []
+    assert len(server.asked) == 1, "another mirror would not help"
     [line] = [line for line in str(caught.value).splitlines() if line.startswith(f"  {home}: ")]
     return line.partition(f"{home}: ")[2]
 
@@ -306,11 +307,7 @@ def test_a_full_disk_is_a_clear_error_without_remains(server, small_disk, fault,
     disk = small_disk(100)
     mirrors(monkeypatch, f"{server.url}/good", f"{server.url}/range")
     with fault("disk full while downloading") as seen:
-        with pytest.raises(helpers.DataUnavailable, match="No space left") as caught:
-            download(disk)
-        seen(reason_of(caught, disk))
-    assert left(disk) == []
-    assert len(server.asked) == 1, "another mirror would not help"
+        seen(refused_for_room(lambda: download(disk), disk, "No space left", server))
 
 
 def test_on_a_terminal_it_says_how_far_it_is(server, tmp_path, monkeypatch, capsys):
