@@ -1724,7 +1724,7 @@ class Utilization:
     def draw(self, axis) -> None:
         """Draw the points on the axis, over seconds; where they are missing or end early, write why."""
         if self.points:
-            axis.plot(*zip(*self.points, strict=True), color=COLORS[2], linewidth=1)
+            axis.plot(*zip(*self.points, strict=True), color=COLORS[2], linewidth=1, marker=".", markersize=3)
         if self.reason or not self.points:
             axis.text(0.02, 0.5, f"n/a: {self.reason or 'too short to sample'}", transform=axis.transAxes, va="center")
         axis.set(ylim=(0, 105), ylabel=f"{'GPU' if self.kind == 'gpu' else 'process CPU'}\nutilisation (%)")
@@ -2032,6 +2032,8 @@ def curves(history: list[dict], ends: list[float] | None = None, utilization: Ut
     the seconds of training at the end of each epoch, the axis is in seconds, the epochs at its top, and the
     utilisation has a panel below.
     """
+    from matplotlib.ticker import LogLocator
+
     epochs = list(range(1, len(history) + 1))
     times = epochs if ends is None else ends
     heights = (1, 1) if ends is None else (1, 1, 0.7)
@@ -2044,6 +2046,11 @@ def curves(history: list[dict], ends: list[float] | None = None, utilization: Ut
             axis.plot(times, values, color=color, marker=marker, markersize=4)
             if values and math.isfinite(values[-1]):
                 lines.append((values[-1], part, color))
+        if quantity == "loss" and all(value > 0 for line in axis.lines for value in line.get_ydata()):
+            axis.set_yscale("log")  # the late epochs differ by little, and that is what one looks for
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
         _label_ends(axis, times, lines)
         axis.set_ylabel("accuracy (%)" if quantity == "accuracy" else "loss (nats)")
         axis.grid(alpha=0.3)
@@ -2064,14 +2071,14 @@ def _label_ends(axis, times, lines) -> None:
     """Write each line's name (value, name, color) behind its end, apart from one another: no legend to hunt in."""
     if not lines:
         return
-    low, high = axis.get_ylim()
-    gap, places = 0.13 * (high - low), []
-    for value, _, _ in sorted(lines):
-        places.append(max(value, places[-1] + gap) if places else value)
-    too_high = max(0.0, places[-1] - high + gap / 2)  # the axis above belongs to the epochs' numbers
+    heights = [axis.transAxes.inverted().transform(axis.transData.transform((0, v)))[1] for v, _, _ in sorted(lines)]
+    gap, places = 0.13, []  # all in shares of the axis, which may be logarithmic
+    for height in heights:
+        places.append(max(height, places[-1] + gap) if places else height)
+    too_high = max(0.0, places[-1] - 1 + gap / 2)  # the axis above belongs to the epochs' numbers
     for (_, name, color), place in zip(sorted(lines), places, strict=True):
-        options = dict(textcoords="offset points", color=color, va="center", annotation_clip=False)
-        axis.annotate(name, (times[-1], place - too_high), (8, 0), **options)
+        options = dict(xycoords=("data", "axes fraction"), textcoords="offset points", va="center")
+        axis.annotate(name, (times[-1], place - too_high), (8, 0), color=color, annotation_clip=False, **options)
 
 
 def show_curves(history: list[dict], provenance: Provenance, monitor: Monitor | None = None) -> None:
@@ -2085,26 +2092,30 @@ def show_confusion(matrix: torch.Tensor, classes: tuple[str, ...], provenance: P
 
     Returns the figure, for `add_figure`.
     """
+    from matplotlib.colors import PowerNorm
+
     matrix = matrix.cpu().numpy()
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     canvas, axis = figure(size=(6.5, 5.5))
-    image = axis.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
+    norm = PowerNorm(0.4, 0, 100)  # else a few per cent, which is what errors are, would be white
+    image = axis.imshow(100 * share, cmap="Blues", norm=norm)
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
-    canvas.colorbar(image, ax=axis, label="share of the true class (%)")
+    canvas.colorbar(image, ax=axis, label="share of the true class (%)", ticks=(0, 1, 5, 20, 50, 100))
     if len(classes) <= 20:
         names = [printable(name) for name in classes]
-        axis.set_xticks(range(len(classes)), names, rotation=45, ha="right")
+        slanted = dict(rotation=45, ha="right") if max(map(len, names)) > 2 else {}
+        axis.set_xticks(range(len(classes)), names, **slanted)
         axis.set_yticks(range(len(classes)), names)
         for row, column in np.argwhere(matrix):
-            color = "white" if share[row, column] > 0.5 else "black"
+            color = "white" if share[row, column] > 0.3 else "black"
             axis.text(column, row, matrix[row, column], ha="center", va="center", fontsize=8, color=color)
     show(canvas, provenance)
     return canvas
 
 
 def show_classes(matrix: torch.Tensor, classes: tuple[str, ...], provenance: Provenance):
-    """Show the accuracy of each class as bars, the worst at the bottom; of many classes the best and the worst ten.
+    """Show the accuracy of each class as dots, the worst at the bottom; of many classes the best and the worst ten.
 
     Returns the figure, for `add_figure`.
     """
@@ -2113,11 +2124,14 @@ def show_classes(matrix: torch.Tensor, classes: tuple[str, ...], provenance: Pro
     order = [k for k in share.argsort().tolist() if counts[k]]
     order = order if len(order) <= 20 else order[:10] + order[-10:]
     canvas, axis = figure(size=(7, 0.6 + 0.27 * len(order)))
-    axis.barh(range(len(order)), share[order].tolist(), color=COLORS[0])
+    axis.plot(share[order].tolist(), range(len(order)), "o", color=COLORS[0])  # dots: the axis need not begin at 0
     axis.set_yticks(range(len(order)), [printable(classes[k]) for k in order])
     for place, k in enumerate(order):
-        axis.text(share[k].item() + 1, place, f"{share[k]:.1f}", va="center", fontsize=9)
-    axis.set(xlabel="test accuracy of the class (%)", xlim=(0, 110))
+        text = dict(textcoords="offset points", va="center", fontsize=9)
+        axis.annotate(f"{share[k]:.1f}", (share[k].item(), place), (8, 0), **text)
+    axis.set(xlabel="test accuracy of the class (%)")
+    axis.margins(x=0.12)
+    axis.grid(axis="y", alpha=0.3)
     show(canvas, provenance)
     return canvas
 
@@ -2143,7 +2157,8 @@ def show_profile(profile, phases: list[str], steps: int, provenance: Provenance)
         for e in events
         if e.key not in phases
     ]
-    operators = sorted(operators, reverse=True)[:8]
+    operators = sorted(operators, reverse=True)
+    operators = [*operators[:8], (sum(value for value, _ in operators[8:]), f"{len(operators[8:])} others")]
     canvas, axes = figure(1, 2, size=(10, 3.4), width_ratios=(1, 1.2))
     bars = [
         ([seconds.get(phase, 0) for phase in phases], phases, COLORS[0], "phase"),
@@ -2314,6 +2329,7 @@ def show_experiment(results: Results, xlabel: str = ""):
     notes = [f"trained here: {results.provenance}; {results.measured}"] if results.trained else []
     if len(results.trained) < len(results):
         notes.append(f"STORED, not from this run (hollow): {results.stored['measured']}")
+    notes.insert(0, "small dots: seeds; large dot and bar: mean ± standard deviation over the seeds")
     words = printable("\n".join(textwrap.fill(note, 118) for note in notes))
     height = (2.9 if numeric else 0.8 + 0.42 * len(results)) + 0.15 * (1 + words.count("\n"))
     canvas, axis = figure(size=(8, height))
@@ -2321,13 +2337,13 @@ def show_experiment(results: Results, xlabel: str = ""):
     means = [100 * statistics.mean(values) for values in results.values()]
     if numeric:
         axis.plot(places, means, color=COLORS[0], alpha=0.5)
-        if min(places) > 0 and max(places) >= 20 * min(places):
+        if min(places) > 0 and max(places) >= 8 * min(places):
             axis.set_xscale("log")
     for place, mean, (variant, values) in zip(places, means, results.items(), strict=True):
         spread = 100 * statistics.stdev(values) if len(values) > 1 else 0
         seeds, fill = [100 * value for value in values], COLORS[0] if variant in results.trained else "white"
         bar = dict(fmt="o", color=COLORS[0], markerfacecolor=fill, markersize=8, capsize=4, zorder=3)
-        text = f"{mean:.1f}" + f" ± {spread:.1f}" * (len(values) > 1)
+        text = f"{mean:.2f}" + f" ± {spread:.2f}" * (len(values) > 1)
         style = dict(textcoords="offset points", ha="center", fontsize=9)
         reach = [[min(spread, mean)], [min(spread, 100 - mean)]]  # no accuracy lies beyond 0 or 100 %
         if numeric:

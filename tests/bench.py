@@ -151,16 +151,21 @@ def train_classic(train, test, mean, std, seed, target, epochs):
     return seconds, accuracy
 
 
-def train_page(train, test, mean, std, seed, epochs, **settings):
-    """Seconds of training LeNet-5 as the page does, for `epochs` fixed in advance, and its test accuracy."""
-    page, layout = notebooks.page("MNIST.ipynb", **settings), torch.channels_last
+# Chosen among ten settings for two or three passes by the mean of three seeds on 10,000 held-out training images:
+# 98.90 ± 0.08 % after two passes; the page's batches of 250 reach 98.74 ± 0.32 % after three and take longer.
+SPRINT = dict(EPOCHS=2, BATCH_SIZE=64, LEARNING_RATE=0.05)
+
+
+def train_page(train, test, mean, std, seed):
+    """Seconds of training LeNet-5 with the page's recipe and the settings of SPRINT, and its test accuracy."""
+    page, layout = notebooks.page("MNIST.ipynb", **SPRINT), torch.channels_last
     torch.manual_seed(seed)
     options = dict(batch_size=page["BATCH_SIZE"], device=CPU, mean=mean, std=std, seed=seed, memory_format=layout)
     loader = helpers.ResidentLoader(train, **options, shuffle=True, translate=page["TRANSLATE"])
     model = page["LeNet5"]().to(memory_format=layout)
-    optimizer, scheduler = page["make_optimizer"](model, epochs * len(loader))
+    optimizer, scheduler = page["make_optimizer"](model, page["EPOCHS"] * len(loader))
     begin = time.perf_counter()
-    for _ in range(epochs):
+    for _ in range(page["EPOCHS"]):
         losses, _, _ = page["train_one_epoch"](model, loader, nn.CrossEntropyLoss(), optimizer, scheduler)
         losses.tolist()
     seconds = time.perf_counter() - begin
@@ -171,13 +176,14 @@ def train_page(train, test, mean, std, seed, epochs, **settings):
 
 def mnist(arguments) -> None:
     """Seconds to 99.0 % on MNIST's test set, in turn: the classic example's recipe and the page's."""
+    helpers.reuse_memory()  # as the page does; the classic example gains by it too
     train, test = (helpers.load("MNIST", part, (1, 28, 28)) for part in (True, False))
     mean, std = torch.tensor([0.1307]), torch.tensor([0.3081])
     rows = {"classic example, 1.2 M parameters": [], "LeNet-5 of MNIST.ipynb, 61,706": []}
     for seed in range(arguments.seeds):
         results = (
             train_classic(train, test, mean, std, seed, 0.99, arguments.epochs or 14),
-            train_page(train, test, mean, std, seed, arguments.page_epochs),
+            train_page(train, test, mean, std, seed),
         )
         for row, result in zip(rows.values(), results, strict=True):
             row.append(result)
@@ -250,7 +256,7 @@ def published_recipe(train, seed, epochs):
     loader = cifar_loader(train, train, 2_000, seed, shuffle=True, flip=True, alternate=True, translate=2)
     model = page["FastCNN"]((64, 256, 256), (1, 1, 1), len(train.classes), shortcut=False)
     model.whiten = nn.Conv2d(3, 24, kernel_size=2)
-    nn.init.zeros_(model.whiten.bias).requires_grad_(False)
+    model.whiten.bias.requires_grad_(False)  # it stands apart from the other biases, with a schedule of its own
     model = model.to(loader.device, memory_format=LAYOUT)
     page["whiten"](model.whiten, next(iter(cifar_loader(train, train, 5_000)))[0])
     steps = epochs * len(loader)
@@ -718,7 +724,6 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, help="mnist: at most, of the classic recipe (14); cifar: of both (their own)"
     )
-    parser.add_argument("--page-epochs", type=int, default=4, help="mnist: of the page's recipe, fixed in advance")
     parser.add_argument("--recipes", default="published,page", help="cifar: which ones")
     parser.add_argument("--processes", help="ddp: how many, with commas (1,2,4, or up to the number of GPUs)")
     parser.add_argument("--equality", action="store_true", help="ddp: see above")
