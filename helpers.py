@@ -1,8 +1,8 @@
 """What both notebooks share and nobody learns from by reading it in the middle of a lab.
 
 In this order: settings, environment check, device and precision, processes, data and downloads, device-resident
-batches, evaluation, run directories and checkpoints, TensorBoard, GPU monitor, progress, figures, experiments, report,
-command line.
+batches, evaluation, run directories and checkpoints, TensorBoard, GPU monitor, progress, figures, experiments, own
+drawings, report, command line.
 The model, the training step, the loops and the logging lines are on the notebooks' pages. Importing this module reads
 no file, starts nothing and prints nothing.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -21,6 +22,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
@@ -67,8 +69,6 @@ class DataUnavailable(LabError):
 
 MODULE_SETTINGS = {"DATA", "FAST", "MIRRORS", "OFFLINE", "RUNS"}  # read here, not in a settings cell
 TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
-
-
 RANGES = {  # of settings whose names end so
     **dict.fromkeys(("EPOCHS", "BATCH_SIZE", "SEEDS", "IMAGES", "WIDTHS", "RESOLUTIONS"), (1, math.inf)),
     **dict.fromkeys(
@@ -92,9 +92,8 @@ def parse_setting(name: str, text: str, default):
         return type(default)(text)
     except (KeyError, ValueError):
         kind = "boolean (0 or 1)" if isinstance(default, bool) else type(default).__name__
-        raise LabError(
-            f"LAB_{name}={text!r} is not a valid {kind}; the default is {default!r}. Change it, or unset LAB_{name}."
-        ) from None
+        advice = f"the default is {default!r}. Change it, or unset LAB_{name}."
+        raise LabError(f"LAB_{name}={text!r} is not a valid {kind}; {advice}") from None
 
 
 def override_settings(namespace: dict) -> dict:
@@ -117,9 +116,8 @@ def override_settings(namespace: dict) -> dict:
         low, high = next((r for end, r in RANGES.items() if name.endswith(end)), (-math.inf, math.inf))
         values = value if isinstance(value, tuple) else (value,)
         if not all(low <= v <= high for v in values if isinstance(v, int | float)):
-            raise LabError(
-                f"LAB_{name}={value}: must be {f'from {low} to {high}' if high < math.inf else f'at least {low}'}."
-            )
+            bounds = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise LabError(f"LAB_{name}={value}: must be {bounds}.")
     for rank, others in enumerate(from_all_ranks(settings)):
         if odd := [name for name in settings if others.get(name) != settings[name]]:
             ours, theirs = ({name: values.get(name) for name in odd} for values in (settings, others))
@@ -136,7 +134,7 @@ def budget(smoke, cpu, full):
     """Return `smoke` under LAB_FAST=1, `cpu` where there is no accelerator, else `full`."""
     if flag("FAST"):
         return smoke
-    return full if torch.accelerator.is_available() else cpu
+    return full if torch.accelerator.is_available() and os.environ.get("LAB_DEVICE") != "cpu" else cpu
 
 
 def folder(name: str, default: str) -> Path:
@@ -166,31 +164,25 @@ def environment() -> dict:
         import torchvision
 
         facts["torchvision"] = torchvision.__version__
-    except ImportError:
-        facts["torchvision"] = "not installed"
-    except Exception as error:  # a wheel that does not fit torch fails in C++, with any kind of exception
+    except Exception as error:  # not installed; or a wheel that does not fit torch, with any kind of exception
         facts["torchvision"] = f"does not import: {error}"
-    facts |= {"driver": None, "driver_gpus": []}
+    facts |= {"driver": None, "driver_gpus": [], "capability": None, "arch_list": []}
     with contextlib.suppress(Exception):  # no driver, no permission, no NVML: then there is nothing to report
         import pynvml
 
         pynvml.nvmlInit()
         facts["driver"] = pynvml.nvmlSystemGetDriverVersion()
-        facts["driver_gpus"] = [
-            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())
-        ]
-    device = pick_device()
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        facts["driver_gpus"] = [pynvml.nvmlDeviceGetName(handle) for handle in handles]
+    device = pick_device(os.environ.get("LAB_DEVICE", "auto"))
     facts |= {"device_type": device.type, "device": device_name(device)}
-    facts |= {"capability": None, "arch_list": []}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {"capability": (properties.major, properties.minor)}
-        facts |= {"arch_list": torch.cuda.get_arch_list(), "memory_gib": properties.total_memory / 2**30}
-    else:
-        import psutil
+        properties, built = torch.cuda.get_device_properties(device), torch.cuda.get_arch_list()
+        facts |= {"capability": (properties.major, properties.minor), "arch_list": built}
+        return facts | {"memory_gib": properties.total_memory / 2**30}
+    import psutil
 
-        facts["memory_gib"] = psutil.virtual_memory().total / 2**30
-    return facts
+    return facts | {"memory_gib": psutil.virtual_memory().total / 2**30}
 
 
 def diagnose(facts: dict) -> list[tuple[str, str, bool]]:
@@ -198,18 +190,19 @@ def diagnose(facts: dict) -> list[tuple[str, str, bool]]:
     install = "python -m pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
     torch_name = f"torch {facts['torch']}"
     problems = []
-    if facts["torchvision"].startswith("not installed") or "does not import" in facts["torchvision"]:
+    if not facts["torchvision"][0].isdigit():
         build = "cu" + facts["cuda_build"].replace(".", "") if facts["cuda_build"] else "cpu"
         problems.append((f"torchvision, beside {torch_name}: {facts['torchvision']}", install + build, True))
-    if facts["driver_gpus"] and facts["device_type"] == "cpu":
+    if facts["driver_gpus"] and facts["device_type"] == "cpu" and os.environ.get("LAB_DEVICE") != "cpu":
         unused = f"{torch_name} does not use {facts['driver_gpus'][0]} (driver {facts['driver']}): "
         if facts["cuda_build"] is None:
             problems.append((unused + "it is a CPU build", install + "cu126", False))
-        elif int(facts["driver"].split(".")[0]) < (580 if facts["cuda_build"] >= "13" else 525):
-            problems.append((unused + f"too old a driver for CUDA {facts['cuda_build']}", install + "cu126", False))
+        elif (driver := int(facts["driver"].split(".")[0])) < (580 if facts["cuda_build"] >= "13" else 525):
+            mend = install + "cu126" if driver >= 525 else "update the NVIDIA driver, to 525 at least"
+            problems.append((unused + f"too old a driver for CUDA {facts['cuda_build']}", mend, False))
         else:
             problems.append((unused + "is CUDA_VISIBLE_DEVICES empty?", "unset CUDA_VISIBLE_DEVICES", False))
-    if facts["capability"]:
+    if facts["capability"] and facts["cuda_build"]:  # ROCm has capabilities too, and other names for them
         # A kernel for the same major and no larger minor capability runs, and PTX for any no larger one.
         major, minor = facts["capability"]
         built = [(kind, int(number.rstrip("af"))) for kind, number in (a.split("_") for a in facts["arch_list"])]
@@ -244,14 +237,14 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        # No backend of torch.distributed exchanges tensors of another accelerator.
+        other = torch.accelerator.current_accelerator(check_available=True) if _world.size == 1 else None
+        return other or torch.device("cpu")
     try:
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise LabError(
-            f"LAB_DEVICE={name!r} cannot be used here: {str(error).splitlines()[0]}. Use auto or cpu."
-        ) from None
+        raise LabError(f"LAB_DEVICE={name!r} cannot be used here: {_reason(error)}. Use auto or cpu.") from None
 
 
 def device_name(device: torch.device) -> str:
@@ -316,9 +309,7 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(deterministic)
     if deterministic and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
         if torch.cuda.is_initialized() and torch.cuda.memory_stats().get("allocation.all.allocated", 0):
-            raise LabError(
-                "LAB_DETERMINISTIC=1 comes too late, the GPU is in use already: restart the kernel, run all."
-            )
+            raise LabError("LAB_DETERMINISTIC=1 comes too late, the GPU is in use: restart the kernel, run all.")
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if deterministic:
         torch.backends.cudnn.benchmark = False  # it would choose algorithms by their times
@@ -371,15 +362,8 @@ def try_compile(model: nn.Module, examples: list[torch.Tensor], precision: str =
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among those that train together: number `rank` of `size`, number `local_rank` on its machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-
+# This process among those that train together: number `rank` of `size`, number `local_rank` on its machine.
+World = collections.namedtuple("World", "rank size local_rank", defaults=(0, 1, 0))
 _world, _store, _turns = World(), None, 0
 
 
@@ -398,27 +382,21 @@ def join_world(seconds: float = 60) -> World:
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     on_gpus = torch.cuda.is_available() and os.environ.get("LAB_DEVICE", "auto") != "cpu"
     if on_gpus and here > gpus:
-        raise LabError(
-            f"{here} processes on this machine, but {gpus} GPU(s). Use --nproc-per-node={gpus}, or LAB_DEVICE=cpu."
-        )
+        advice = f"Use --nproc-per-node={gpus}, or LAB_DEVICE=cpu."
+        raise LabError(f"{here} processes on this machine, but {gpus} GPU(s). {advice}")
     if on_gpus:
         torch.cuda.set_device(_world.local_rank)
+    missing = "some"
     try:
         store = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+        # What a job wrote there before torchrun restarted it must not be read again.
+        _store = store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store.set(f"here/{_world.rank}", "1")
+        for missing in range(size):
+            store.wait([f"here/{missing}"], timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:  # nobody answers at MASTER_ADDR, the port is taken, a name is missing
-        raise LabError(f"The {size} processes did not come within {seconds:.0f} s: {_reason(error)}") from None
-    # What a job wrote there before torchrun restarted it must not be read again.
-    _store = store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    store.set(f"here/{_world.rank}", "1")
-    waited = time.monotonic() + seconds
-    missing = list(range(size))
-    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
-        if time.monotonic() > waited:
-            names = ", ".join(map(str, missing))
-            raise LabError(
-                f"Of {size} processes, number {names} did not come within {seconds:.0f} s. Did it end early?"
-            )
-        time.sleep(0.1)
+        text = f"Of {size} processes, {missing} did not come within {seconds:.0f} s: {_reason(error)}"
+        raise LabError(text) from None
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     group = dist.PrefixStore("group", store)
     dist.init_process_group(backend, store=group, rank=_world.rank, world_size=size, timeout=timedelta(minutes=10))
@@ -437,9 +415,11 @@ def rank_0_first(what: str, seconds: float = 3600):
             _store.wait([key], timedelta(seconds=seconds))
         except RuntimeError:
             raise LabError(f"Rank {_world.rank} waited {seconds:.0f} s in vain for rank 0 to {what}.") from None
-    yield
-    if _world.size > 1 and _world.rank == 0:
-        _store.set(key, "1")
+    try:
+        yield
+    finally:  # also when rank 0 fails: the others must not wait for nothing, and find out for themselves
+        if _world.size > 1 and _world.rank == 0:
+            _store.set(key, "1")
 
 
 def leave_world() -> None:
@@ -479,13 +459,15 @@ def distribute(model: nn.Module) -> nn.Module:
     ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the option's new name does not exist in all versions
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        options = dict(device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(model, **options)
 
 
 def sum_over_ranks(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the sums of the tensors over all processes, in one exchange; alone, the tensors. Nothing waits here."""
+    """Return the sums of the tensors over all processes, in one exchange; alone, the tensors.
+
+    On GPUs nothing waits for them here.
+    """
     if _world.size == 1:
         return tensors
     flat = torch.cat([tensor.double().flatten() for tensor in tensors])
@@ -505,11 +487,7 @@ def average_over_ranks(model: nn.Module) -> None:
 
 def from_rank_0(value):
     """Return rank 0's value on all ranks; alone, the value. For plain Python values."""
-    if _world.size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return from_all_ranks(value)[0]
 
 
 def from_all_ranks(value) -> list:
@@ -554,18 +532,13 @@ class EventWriter:
         """All failures in one line, None if there was none."""
         return "; ".join(self.failures.values()) or None
 
-    def __getattr__(self, name):
+    def __getattr__(self, name):  # a method of SummaryWriter or, `add_event` and `add_summary`, of its file's writer
         def call(*arguments, **options):
             if self.writer is not None:
-                self._try(lambda: getattr(self.writer, name)(*arguments, **options))
+                owner = self.writer if hasattr(self.writer, name) else self.writer.file_writer
+                self._try(lambda: getattr(owner, name)(*arguments, **options))
 
         return call
-
-    def add_summary(self, summary) -> None:
-        """Write a summary or event that `SummaryWriter` has no method for."""
-        if self.writer is not None:
-            add = self.writer.file_writer.event_writer.add_event if hasattr(summary, "wall_time") else None
-            self._try(lambda: (add or self.writer.file_writer.add_summary)(summary))
 
 
 def event_writer(run: Path, checkpoint: dict | None = None) -> EventWriter:
@@ -574,21 +547,17 @@ def event_writer(run: Path, checkpoint: dict | None = None) -> EventWriter:
     When the run is resumed, its new events file begins with what the old one held at the checkpoint, and the old one
     goes: one file, and no epoch twice.
     """
-    old, kept = sorted(run.glob("events.out.tfevents.*")) if _world.rank == 0 else [], b""
-    if checkpoint and checkpoint.get("events") and old:
-        name, size = checkpoint["events"]
-        # Resumed before, but stopped short of the next checkpoint, a run has the same bytes in a file of another name.
-        enough = [path for path in (run / name, *old) if path.exists() and path.stat().st_size >= size]
-        kept = enough[0].read_bytes()[:size] if enough else b""
+    old = sorted(run.glob("events.out.tfevents.*")) if _world.rank == 0 else []
     writer = EventWriter(run)
-    if kept:
+    if checkpoint and checkpoint.get("events") and old:
         from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-        with tempfile.TemporaryDirectory() as scratch:
-            Path(scratch, "events").write_bytes(kept)
-            for event in LegacyEventFileLoader(str(Path(scratch, "events"))).Load():
-                if not event.HasField("file_version"):
-                    writer.add_summary(event)
+        # Resumed before, a run has the same bytes in a file of another name; one cut short is read as far as it goes.
+        best = max(old, key=lambda path: path.stat().st_size)
+        os.truncate(best, min(checkpoint["events"][1], best.stat().st_size))
+        for event in LegacyEventFileLoader(str(best)).Load():
+            if not event.HasField("file_version"):
+                writer.add_event(event, walltime=event.wall_time)
         writer.flush()
     for path in old if writer.failure is None else []:
         path.unlink()
@@ -598,8 +567,8 @@ def event_writer(run: Path, checkpoint: dict | None = None) -> EventWriter:
 def launch(notebook: str, processes: int, seconds: float = 3600, **settings) -> None:
     """Run a notebook in several processes of this machine with torchrun, showing rank 0's output as it comes.
 
-    `settings` become `LAB_` variables. Nothing stays behind, however this ends. Inside such a process it only says so.
-    Raises LabError with the traceback of the rank that failed first, or after `seconds`.
+    `settings` become `LAB_` variables. Nothing stays behind when it ends, fails or is interrupted. Inside such a
+    process it only says so. Raises LabError with the traceback of the rank that failed first, or after `seconds`.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         print(f"This is process {_world.rank} of {_world.size} already: nothing more is started.")
@@ -607,7 +576,8 @@ def launch(notebook: str, processes: int, seconds: float = 3600, **settings) -> 
     import psutil
 
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("JPY_", "VSCODE_", "COLAB_"))}
-    variables |= {f"LAB_{name}": str(value) for name, value in settings.items()}
+    texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in settings.items()}
+    variables |= {f"LAB_{name}": text for name, text in texts.items()}
     variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory(prefix="launch-") as logs, open(Path(logs, "torchrun"), "w+b") as messages:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -630,12 +600,11 @@ def launch(notebook: str, processes: int, seconds: float = 3600, **settings) -> 
                     raise LabError(f"{notebook} in {processes} processes did not end within {seconds:.0f} s: stopped.")
                 time.sleep(0.2)
         finally:
-            family = [process.pid] if process.poll() is None else []
-            with contextlib.suppress(psutil.NoSuchProcess):
-                children = psutil.Process(process.pid).children(recursive=True) if family else []
-                process.terminate() if family else None
-                _, alive = psutil.wait_procs([psutil.Process(pid) for pid in family] + children, timeout=10)
-                for one in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself, and its children with it
+                parent = psutil.Process(process.pid)
+                family = [parent, *parent.children(recursive=True)]
+                process.terminate()
+                for one in psutil.wait_procs(family, timeout=10)[1]:
                     one.kill()
             process.wait()
         if process.returncode:
@@ -747,9 +716,8 @@ def load(dataset: str, train: bool, shape: tuple[int, int, int]) -> Split:
             return _load_official(dataset, train)
     except DataUnavailable as error:
         if train:
-            print(
-                f"{'!' * 100}\n{error}\nGOING ON WITH A STAND-IN: images drawn by this kit, NOT {dataset}.\n{'!' * 100}"
-            )
+            bar, words = "!" * 100, f"GOING ON WITH A STAND-IN: images drawn by this kit, NOT {dataset}."
+            print(bar, error, words, bar, sep="\n")
         return stand_in(dataset, train, shape, SIZES[kind][not train])
 
 
@@ -760,14 +728,20 @@ def md5(data: bytes | Path) -> str:
 
 
 def _load_official(dataset: str, train: bool) -> Split:
-    """Read a named dataset. No byte reaches a decoder, let alone an unpickler, before its checksum matched."""
+    """Read a named dataset.
+
+    No byte reaches an unpickler before its checksum matched, and none a decoder but those of raw Fashion-MNIST files,
+    which were published with the checksums of their archives only: they are never called verified.
+    """
     import torchvision
 
     table = getattr(torchvision.datasets, dataset)
     if "MNIST" in dataset:
         home = folder("DATA", "data") / dataset / "raw"
         archives = dict(table.resources[:2] if train else table.resources[2:])
-        wanted = {name: MNIST_MD5[name] if dataset == "MNIST" else None for name in map(_without_gz, archives)}
+        wanted = {
+            name: MNIST_MD5[name] if dataset == "MNIST" else None for name in (a.removesuffix(".gz") for a in archives)
+        }
     else:
         home = folder("DATA", "data") / table.base_folder
         archives = {table.filename: table.tgz_md5}
@@ -781,7 +755,7 @@ def _load_official(dataset: str, train: bool) -> Split:
             else:
                 damaged.append(home / name)
     for archive, checksum in archives.items():
-        if all(name in files for name in wanted if archive.endswith(".tar.gz") or name == _without_gz(archive)):
+        if all(name in files for name in wanted if archive.endswith(".tar.gz") or archive == f"{name}.gz"):
             continue
         unpacked = _unpack(_find_archive(dataset, archive, checksum, home, damaged))
         files |= unpacked
@@ -794,14 +768,10 @@ def _load_official(dataset: str, train: bool) -> Split:
     return decode(table, [files[name] for name in wanted], Provenance(dataset, "official", verified))
 
 
-def _without_gz(name: str) -> str:
-    return name.removesuffix(".gz")
-
-
 def _unpack(archive: Path) -> dict[str, bytes]:
     """Return the files in a checked archive by name, without their folders."""
     if not archive.name.endswith(".tar.gz"):
-        return {_without_gz(archive.name): gzip.decompress(archive.read_bytes())}
+        return {archive.name.removesuffix(".gz"): gzip.decompress(archive.read_bytes())}
     with tarfile.open(archive) as tar:
         return {Path(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}
 
@@ -841,27 +811,27 @@ def download(dataset: str, name: str, checksum: str, home: Path) -> Path:
             home.mkdir(parents=True, exist_ok=True)
             pooch.get_logger().setLevel("ERROR")
             with filelock.FileLock(home / f".{name}.lock", timeout=1800):
-                for mirror in mirrors:
+                for left, mirror in zip(range(len(mirrors))[::-1], mirrors, strict=True):
                     url = mirror.rstrip("/") + "/" + name
+                    stream = functools.partial(_stream, rate=SLOW_RATE if left else SLOW_RATE / 50)  # slow beats none
                     try:  # returns at once when another process was faster
-                        return Path(pooch.retrieve(url, f"md5:{checksum}", name, home, downloader=_stream))
+                        return Path(pooch.retrieve(url, f"md5:{checksum}", name, home, downloader=stream))
                     except Exception as error:  # whatever a server, a proxy or the network does: the next mirror
                         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                             raise
                         cause = str(error).rpartition("Caused by ")[2]  # urllib3 wraps it several times
                         reasons.append(f"  {url}: {type(error).__name__}: {cause[:300]}")
-    except (OSError, filelock.Timeout) as error:
-        (home / f".{name}.part").unlink(missing_ok=True) if isinstance(error, OSError) else None
+    except (OSError, NotImplementedError) as error:  # filelock: no lock within the time, or none on this file system
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else it is another process's
+            (home / f".{name}.part").unlink(missing_ok=True)
         reasons.append(f"  {home}: {error}")
-    raise DataUnavailable(
-        f"{dataset}: {name} is not in {home} and cannot be downloaded:\n"
-        + "\n".join(reasons)
-        + f"\nBy hand: put {name} (md5 {checksum}) into {home}, then run again."
-    )
+    begin = f"{dataset}: {name} is not in {home} and cannot be downloaded:"
+    end = f"By hand: put {name} (md5 {checksum}) into {home}, then run again."
+    raise DataUnavailable("\n".join([begin, *reasons, end]))
 
 
-def _stream(url: str, output_file, pooch) -> None:
-    """Download `url` for pooch: connect within 5 s, no silence over 15 s, not slower than SLOW_RATE.
+def _stream(url: str, output_file, pooch, rate: float) -> None:
+    """Download `url` for pooch: connect within 5 s, no silence over 15 s, at least `rate` bytes a second.
 
     What came is kept as `.<name>.part` beside the target, and the next try, of any mirror, asks for the rest only.
     """
@@ -891,7 +861,7 @@ def _stream(url: str, output_file, pooch) -> None:
                     file.truncate(0)
                     raise ValueError(f"more than {LARGEST / 1e6:.0f} MB, larger than any of the archives")
                 if time.monotonic() - start > SLOW_SECONDS:
-                    if received - before < SLOW_RATE * SLOW_SECONDS:
+                    if received - before < rate * SLOW_SECONDS:
                         raise TimeoutError(f"only {(received - before) / SLOW_SECONDS / 1e3:.1f} kB/s")
                     before, start = received, time.monotonic()
         if length and received < length:
@@ -942,9 +912,7 @@ def _decode_mnist(table, contents: list[bytes], provenance: Provenance) -> Split
     if images.ndim != 3 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
         raise LabError(f"{provenance.name}: images {list(images.shape)} and labels {list(labels.shape)} do not fit.")
     if (odd := (labels > 9).nonzero()).numel():
-        raise LabError(
-            f"{provenance.name}: label number {int(odd[0])} is {labels[odd[0]].item()}, and none is above 9."
-        )
+        raise LabError(f"{provenance.name}: label number {int(odd[0])} is {labels[odd[0]].item()}: none is above 9.")
     classes = tuple(name.split(" - ")[0] for name in table.classes)
     return Split(images.unsqueeze(1), labels.long(), classes, provenance)
 
@@ -970,10 +938,8 @@ def _load_folder(dataset: str, train: bool, shape: tuple[int, int, int]) -> Spli
     root = HERE / Path(dataset).expanduser()
     part, other = (root / "train", root / "test") if train else (root / "test", root / "train")
     if not (part.is_dir() and other.is_dir()):
-        raise LabError(
-            f"LAB_DATASET={dataset!r} is none of {', '.join(MIRRORS)}, and no image folder: "
-            f"{root} does not hold train/<class>/* and test/<class>/*."
-        )
+        missing = f"no image folder: {root} does not hold train/<class>/* and test/<class>/*."
+        raise LabError(f"LAB_DATASET={dataset!r} is none of {', '.join(MIRRORS)}, and {missing}")
     try:
         listing, others = ImageFolder(part), ImageFolder(other)
     except OSError as error:  # a class without images, or none at all; the message names it
@@ -1013,6 +979,7 @@ def read_image(path: str | Path, shape: tuple[int, int, int]) -> torch.Tensor:
     channels, height, width = shape
     try:
         with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # cameras store the picture as the sensor lay
             image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (width, height))
     except Exception as error:  # decoders raise anything, and Pillow an error of its own for a decompression bomb
         raise LabError(f"{path} cannot be read as an image: {error}. Repair or remove it.") from None
@@ -1110,9 +1077,7 @@ class ResidentLoader:
         if shuffle and batch_size > count:
             raise LabError(f"LAB_BATCH_SIZE={batch_size}: larger than the {count:,} training images.")
         if batch_size % world_size:
-            raise LabError(
-                f"LAB_BATCH_SIZE={batch_size} cannot be shared by {world_size} processes: use a multiple of it."
-            )
+            raise LabError(f"LAB_BATCH_SIZE={batch_size} cannot be shared by {world_size} processes: use a multiple.")
         if not 0 <= translate < min(height, width):
             raise LabError(f"LAB_TRANSLATE={translate}: must be from 0 to {min(height, width) - 1} pixels.")
         self.labels, self.batch_size, self.device = split.labels.to(device), batch_size, device
@@ -1127,8 +1092,8 @@ class ResidentLoader:
         scale, shift = ((m.view(1, -1, 1, 1).expand(1, channels, 1, width)) for m in (1 / (255 * std), -mean / std))
         self.scale, self.shift = (m.to(device).contiguous(memory_format=memory_format) for m in (scale, shift))
 
-        # Stored row by row, the channels inside a row, so that a shift up or down is one contiguous piece of memory,
-        # read in words of up to 8 bytes; only a shift to the side has to touch single pixels.
+        # Stored row by row, the channels inside a row, so that a shift up or down only chooses other rows, read in
+        # words of up to 8 bytes; only a shift to the side has to touch single pixels.
         last = memory_format == torch.channels_last
         to_rows, self.to_images = ((0, 2, 3, 1), (0, 3, 1, 2)) if last else ((0, 2, 1, 3), (0, 2, 1, 3))
         tall, wide = height + 2 * translate, width + 2 * translate
@@ -1139,12 +1104,9 @@ class ResidentLoader:
             if translate:
                 images = F.pad(images.float(), (translate,) * 4, "reflect")  # pads no integers
             part.copy_(images.permute(to_rows))
-        word = next(
-            d for d in (torch.int64, torch.int32, torch.int16, torch.uint8) if channels * wide % d.itemsize == 0
-        )
-        words = rows.view(count * tall, channels * wide).view(word)
-        starts = max(0, len(words) - height + 1)
-        self.pieces = words.as_strided((starts, height * words.shape[1]), (words.shape[1], 1))
+        words = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        word = next(word for word in words if channels * wide % word.itemsize == 0)
+        self.rows = rows.view(count * tall, channels * wide).view(word)
         self.tall, self.piece_shape = tall, (height, *inner)
 
     def __len__(self):
@@ -1174,8 +1136,9 @@ class ResidentLoader:
         mine = self.share()
         mine = mine[key[mine].argsort(stable=True)]
         sizes = torch.bincount(key[mine], minlength=len(self) * 2 * reach).view(-1, 2 * reach)
-        index, down, *holes = (t[mine].to(self.device, non_blocking=True) for t in (order, down, *holes))
-        chances = chances[:, mine].to(self.device, non_blocking=True)
+        fast = self.device.type == "cuda"  # elsewhere the copy may read what is freed by then (pytorch#189690)
+        index, down, *holes = (t[mine].to(self.device, non_blocking=fast) for t in (order, down, *holes))
+        chances = chances[:, mine].to(self.device, non_blocking=fast)
         end = 0
         for groups in sizes.tolist():
             batch = slice(end, end := end + sum(groups))
@@ -1194,15 +1157,13 @@ class ResidentLoader:
     def _batch(self, starts, sizes):
         """Return the images whose first rows are `starts`, in groups of `sizes`: unflipped, flipped, each by offset."""
         _, channels, height, width = self.shape
-        pieces = (
-            self.pieces.index_select(0, starts).view(torch.uint8).view(-1, *self.piece_shape).permute(self.to_images)
-        )
+        rows = (starts[:, None] + torch.arange(height, device=self.device)).flatten()
+        pieces = self.rows.index_select(0, rows).view(torch.uint8).view(-1, *self.piece_shape).permute(self.to_images)
         if self.flip:
             flipped = pieces[sum(sizes[: self.reach]) :]
             flipped.copy_(flipped.flip(-1))
-        images = torch.empty(
-            (len(starts), channels, height, width), device=self.device, memory_format=self.memory_format
-        )
+        shape = (len(starts), channels, height, width)
+        images = torch.empty(shape, device=self.device, memory_format=self.memory_format)
         end = 0
         for number, size in enumerate(sizes):
             begin, end, left = end, end + size, number % self.reach
@@ -1236,6 +1197,9 @@ def images_per_second(loader, device: torch.device, seconds: float = 1.0, step=N
 
     With `step`, each batch also goes through `step(images, labels)`. Waits for the device at the end, not before.
     """
+    main = sys.modules["__main__"]
+    if str(getattr(main, "__file__", "")).endswith(".ipynb"):  # under IPython a worker that is spawned would import it
+        del main.__file__
     start, count = None, 0
     while True:
         for images, labels in loader:
@@ -1314,34 +1278,30 @@ def new_run(lab: str, tag: str, settings: dict, device: torch.device, classes: t
 
     Rank 0 does so for all ranks.
     """
-    return from_rank_0(None if _world.rank else _new_run(lab, tag, settings, device, classes))
-
-
-def _new_run(lab, tag, settings, device, classes):
-    stamp, number = datetime.now().strftime("%Y%m%d-%H%M%S"), 1
-    while True:
-        run = folder("RUNS", "runs") / lab / (f"{stamp}-{tag}" if number == 1 else f"{stamp}-{tag}-{number}")
+    if _world.rank:
+        return from_rank_0(None)
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{tag}"
+    for number in itertools.count(1):
+        run = folder("RUNS", "runs") / lab / (name + f"-{number}" * (number > 1))
         try:
             run.mkdir(parents=True)
             break
         except FileExistsError:
-            number += 1
+            continue
         except OSError as error:
-            raise LabError(
-                f"Cannot create the run's directory {run}: {error}. Set LAB_RUNS to a folder you can write."
-            ) from None
+            text = f"Cannot create the run's directory {run}: {error}. Set LAB_RUNS to a folder you can write."
+            raise LabError(text) from None
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         revision = None
-    config = {"lab": lab, "tag": tag, "settings": settings, "seed": settings.get("SEED"), "device": device_name(device)}
-    packages = ("torch", "torchvision", "tensorboard", "numpy")
-    config["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
-    config |= {"git": revision, "started": now(), "classes": list(classes)}
-    config["job"] = os.environ.get("TORCHELASTIC_RUN_ID")
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "torchvision", "tensorboard", "numpy")}
+    config = dict(lab=lab, tag=tag, settings=settings, seed=settings.get("SEED"), device=device_name(device))
+    config |= dict(versions={"python": platform.python_version()} | versions, git=revision, started=now())
+    config |= dict(classes=list(classes), job=os.environ.get("TORCHELASTIC_RUN_ID"))
     _write_json(run / "config.json", config)
-    return run
+    return from_rank_0(run)
 
 
 def write_metrics(run: Path, missing: list[str] | None = None, **metrics) -> None:
@@ -1352,8 +1312,8 @@ def write_metrics(run: Path, missing: list[str] | None = None, **metrics) -> Non
     if set(metrics) != set(METRICS):
         raise LabError(f"metrics.json: missing or unknown keys {sorted(set(metrics) ^ set(METRICS))}.")
     if _world.rank == 0:
-        missing = {"missing": [reason for reason in missing if reason]} if any(missing or ()) else {}
-        _write_json(run / "metrics.json", {key: metrics[key] for key in METRICS} | missing)
+        missing = [reason for reason in missing or () if reason]
+        _write_json(run / "metrics.json", {k: metrics[k] for k in METRICS} | ({"missing": missing} if missing else {}))
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -1371,10 +1331,9 @@ def check_finite(losses: list[float], epoch: int, learning_rate: float, run: Pat
         return
     path, before = run / "checkpoint.pt", ", ".join(f"{loss:.3g}" for loss in losses[max(0, bad - 3) : bad])
     last = f"The last good checkpoint is {path}." if path.exists() else "There is no checkpoint before it."
-    raise LabError(
-        f"The loss is {losses[bad]} in epoch {epoch}, step {bad + 1} of {len(losses)} (before: {before or 'none'}); "
-        f"learning rate {learning_rate:.3g} at the epoch's end. Lower the learning rate. {last}"
-    )
+    place = f"in epoch {epoch}, step {bad + 1} of {len(losses)} (before: {before or 'none'})"
+    rate = f"learning rate {learning_rate:.3g} at the epoch's end"
+    raise LabError(f"The loss is {losses[bad]} {place}; {rate}. Lower the learning rate. {last}")
 
 
 @contextlib.contextmanager
@@ -1383,29 +1342,23 @@ def memory_advice(batch_size: int):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        text = str(error).splitlines()[0]
         traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
-    else:
-        return
-    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise LabError(f"Out of memory: {text} Lower BATCH_SIZE (LAB_BATCH_SIZE={batch_size // 2} to begin with).")
+        advice = f"Lower BATCH_SIZE (LAB_BATCH_SIZE={batch_size // 2} to begin with)."
+        raise LabError(f"Out of memory: {str(error).splitlines()[0]} {advice}") from None
 
 
-def save_checkpoint(
-    run: Path, epoch: int, model: nn.Module, optimizers: list, schedulers: list, writer=None, **progress
-) -> None:
+def save_checkpoint(run: Path, epoch: int, model, optimizers: list, schedulers: list, writer=None, **progress) -> None:
     """Write checkpoint.pt after `epoch` finished epochs; the one before becomes checkpoint.previous.pt.
 
     It holds the state of model, optimizers, schedules and random numbers, `progress` (such as history and seconds),
     and how far the events file reached. Plain types only, so that it loads with weights_only=True. Rank 0 writes.
     """
     if _world.rank == 0:
-        content = {"epoch": epoch, "model": model.state_dict(), "progress": progress}
+        content = dict(epoch=epoch, model=model.state_dict(), progress=progress, rng={"cpu": torch.get_rng_state()})
         content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         content["schedulers"] = [scheduler.state_dict() for scheduler in schedulers]
-        content["rng"] = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             content["rng"]["cuda"] = torch.cuda.get_rng_state()
         path, events, failures = run / "checkpoint.pt", [], getattr(writer, "failures", {})
         if writer is not None:
@@ -1417,7 +1370,12 @@ def save_checkpoint(
             with replacing(path) as temporary:
                 temporary.write_bytes(packed.getbuffer())
                 if path.exists():
-                    os.replace(path, run / "checkpoint.previous.pt")
+                    previous = run / "checkpoint.previous.pt"
+                    previous.unlink(missing_ok=True)
+                    try:
+                        os.link(path, previous)  # so that checkpoint.pt is there at every moment
+                    except OSError:  # a file system without links
+                        os.replace(path, previous)
             failures.pop("checkpoint", None)
         except OSError as error:  # a full disk, say
             failures["checkpoint"] = f"checkpoint of epoch {epoch}: {_reason(error)}"
@@ -1445,9 +1403,7 @@ def load_checkpoint(path: Path) -> dict:
         raise LabError(f"{path} is no readable checkpoint: {_reason(error)}." + advice * previous.exists()) from None
 
 
-def open_run(
-    lab: str, resume: str, tag: str, settings: dict, device: torch.device, classes: tuple[str, ...]
-) -> tuple[Path, dict | None]:
+def open_run(lab: str, resume: str, tag: str, settings: dict, device, classes: tuple) -> tuple[Path, dict | None]:
     """Return a run's directory and the checkpoint to go on from: a new directory and None, unless `resume` is set.
 
     Args:
@@ -1467,7 +1423,13 @@ def open_run(
         unfinished = [path.parent for path in sorted(home.glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)]
         unfinished = [path for path in unfinished if not (path / "metrics.json").exists()]
         if again:
-            unfinished = [path for path in unfinished if _read_config(path).get("job") == job]
+            import psutil
+
+            # An id such as README's "lab" is used again: only what was begun since this torchrun started is its own.
+            begun = datetime.fromtimestamp(int(psutil.Process(os.getppid()).create_time())).astimezone()
+            configs = [(path, _read_json(path, "config.json")) for path in unfinished]
+            configs = [(path, c) for path, c in configs if c.get("job") == job]
+            unfinished = [path for path, c in configs if datetime.fromisoformat(c["started"]) >= begun]
         elif not unfinished:
             raise LabError(f"LAB_RESUME=latest: no unfinished run with a checkpoint in {home}. Unset it for a new run.")
         run = unfinished[-1] if unfinished else None
@@ -1476,27 +1438,25 @@ def open_run(
         run = new_run(lab, tag, settings, device, classes)
         print(f"new run {run.name}")
         return run, None
-    config = _read_config(run)
+    config = _read_json(run, "config.json")
     if config.get("tag") != tag:
         raise LabError(f"{run} cannot go on with other data: they were {config.get('tag')}, and are {tag}.")
     free = {"RESUME", "DEVICE", "COMPILE", "PROCESSES", "LIGHTNING"}  # what may differ without another training
     free |= {name for name in settings if name.startswith(("EMBEDDINGS", "ABLATION", "EXPERIMENT", "OWN_"))}
-    before = config.get("settings", {})
-    after = json.loads(json.dumps(settings))
-    if odd := [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]:
-        odd = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in sorted(odd) if name not in free]
-        if odd:
-            raise LabError(f"{run} cannot go on with other settings: {'; '.join(odd)}.")
+    before, after = config.get("settings", {}), json.loads(json.dumps(settings))
+    if odd := sorted(k for k in (before.keys() | after.keys()) - free if before.get(k) != after.get(k)):
+        odd = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}" for name in odd]
+        raise LabError(f"{run} cannot go on with other settings: {'; '.join(odd)}.")
     checkpoint = load_checkpoint(run / "checkpoint.pt")
     print(f"resuming {run.name} from epoch {checkpoint['epoch']}")
     return run, checkpoint
 
 
-def _read_config(run: Path) -> dict:
+def _read_json(run: Path, name: str) -> dict:
     try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))
+        return json.loads((run / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LabError(f"{run} is no run to go on with: {error}") from None
+        raise LabError(f"{run} is no finished run, or none to go on with: {error}") from None
 
 
 def restore(checkpoint: dict | None, model: nn.Module, optimizers: list, schedulers: list, loader) -> tuple[int, dict]:
@@ -1508,19 +1468,17 @@ def restore(checkpoint: dict | None, model: nn.Module, optimizers: list, schedul
     loader.epoch = checkpoint["epoch"] if checkpoint else 0
     if checkpoint is None:
         return 0, {}
-    ours, theirs = (
-        {k: tuple(v.shape) for k, v in state.items()} for state in (model.state_dict(), checkpoint["model"])
-    )
-    if ours != theirs:
-        odd = [f"{k}: {theirs.get(k, 'missing')} there, {ours.get(k, 'missing')} here" for k in ours | theirs]
-        odd = [line for line, k in zip(odd, ours | theirs, strict=True) if ours.get(k) != theirs.get(k)]
-        raise LabError(f"The checkpoint is one of another model. {'; '.join(odd[:5])}.")
+    states = model.state_dict(), checkpoint["model"]
+    ours, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
+    if odd := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+        odd = [f"{k}: {theirs.get(k, 'missing')} there, {ours.get(k, 'missing')} here" for k in odd[:5]]
+        raise LabError(f"The checkpoint is one of another model. {'; '.join(odd)}.")
     model.load_state_dict(checkpoint["model"])
     for ones, states in ((optimizers, checkpoint["optimizers"]), (schedulers, checkpoint["schedulers"])):
         for one, state in zip(ones, states, strict=True):
             one.load_state_dict(state)
     torch.set_rng_state(checkpoint["rng"]["cpu"])
-    if "cuda" in checkpoint["rng"] and torch.cuda.is_available():
+    if "cuda" in checkpoint["rng"] and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
     return checkpoint["epoch"], checkpoint["progress"]
 
@@ -1542,24 +1500,13 @@ def log_graph(writer, model: nn.Module, images: torch.Tensor) -> None:
         model.train(training)
 
 
-def log_histograms(writer, model: nn.Module, epoch: int, bins: int = 64) -> None:
-    """Log a histogram of each parameter, and of its gradient in the last step. Counted on the device, read once."""
+def log_histograms(writer, model: nn.Module, epoch: int) -> None:
+    """Log a histogram of each parameter, and of its gradient in the last step."""
     values = {f"weights/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     values |= {f"gradients/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    rows = []
-    for tensor in values.values():
-        flat = tensor.float().flatten()
-        low, high = flat.aminmax()
-        high = torch.where(high > low, high, low + 1e-12)
-        places = ((flat - low) * (bins / (high - low))).long().clamp_(0, bins - 1)
-        counts = torch.zeros(bins, device=flat.device).index_add_(0, places, torch.ones_like(flat))
-        rows.append(torch.cat([torch.stack([low, high, flat.sum(), flat.square().sum()]), counts]))
-    for (name, tensor), row in zip(values.items(), torch.stack(rows).double().cpu(), strict=True):
-        low, high, total, squares, *counts = row.tolist()
-        if not math.isfinite(squares):
-            continue  # TensorBoard draws no histogram of what is not finite; the loss curve shows it
-        limits = np.linspace(low, high, bins + 1)[1:].tolist()
-        writer.add_histogram_raw(name, low, high, tensor.numel(), total, squares, limits, counts, epoch)
+    for name, tensor in values.items():
+        if (tensor := tensor.cpu()).isfinite().all():  # TensorBoard draws no others; the loss curve shows it
+            writer.add_histogram(name, tensor, epoch, bins=64)
 
 
 def gradient_norm(model: nn.Module) -> float:
@@ -1579,9 +1526,8 @@ def log_pictures(writer, model: nn.Module, images: torch.Tensor, epoch: int) -> 
     for number, (name, _, out) in enumerate(_stage_outputs(model, images[:1]), 1):
         if out.ndim == 4 and min(out.shape[2:]) > 1:
             picture = F.interpolate(out[0, :64, None].float(), scale_factor=max(1, 32 // out.shape[-1]))
-            writer.add_image(
-                f"feature_maps/{number:02}_{name}", make_grid(picture, normalize=True, scale_each=True), epoch
-            )
+            grid = make_grid(picture, normalize=True, scale_each=True)
+            writer.add_image(f"feature_maps/{number:02}_{name}", grid, epoch)
 
 
 def log_comparable(writer, settings: dict, metrics: dict) -> None:
@@ -1591,9 +1537,7 @@ def log_comparable(writer, settings: dict, metrics: dict) -> None:
     """
     from torch.utils.tensorboard.summary import hparams
 
-    plain = {
-        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()
-    }
+    plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
     for summary in hparams(plain, metrics):
         writer.add_summary(summary)
 
@@ -1610,15 +1554,10 @@ def penultimate(model: nn.Module, loader: ResidentLoader) -> torch.Tensor:
     return _rows_of_all(torch.cat(received), loader)
 
 
-# TensorBoard in a process that ends when the kernel is no longer its parent, however the kernel ended.
+# TensorBoard in a process that ends when the kernel does, however: then its standard input ends.
 SERVER = """
-import os, threading, time
-parent = os.getppid()
-def watch():
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(0)
-threading.Thread(target=watch, daemon=True).start()
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 from tensorboard.main import run_main
 run_main()
 """
@@ -1650,23 +1589,21 @@ def show_tensorboard(logdir: Path | None = None, height: int = 800) -> None:
 
 def tensorboard_url(port: int) -> str:
     """The address at which a browser reaches `port` of this machine, with its trailing slash (tensorboard#5531)."""
-    hub, code_server = os.environ.get("JUPYTERHUB_SERVICE_PREFIX"), os.environ.get("VSCODE_PROXY_URI")
-    proxy = os.environ.get("TENSORBOARD_PROXY_URL")
-    proxy = proxy or (code_server and code_server.replace("{{port}}", "%PORT%"))
-    proxy = proxy or (hub and f"{hub.rstrip('/')}/proxy/%PORT%") or "http://localhost:%PORT%"
-    return proxy.replace("%PORT%", str(port)).rstrip("/") + "/"
+    hub = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
+    proxy = os.environ.get("TENSORBOARD_PROXY_URL") or os.environ.get("VSCODE_PROXY_URI")
+    proxy = proxy or (f"{hub.rstrip('/')}/proxy/%PORT%" if hub else "http://localhost:%PORT%")
+    return proxy.replace("{{port}}", "%PORT%").replace("%PORT%", str(port)).rstrip("/") + "/"
 
 
 def stop_tensorboard() -> None:
     """End the TensorBoard that `show_tensorboard` started in this process, if it runs."""
     global _server
-    if _server is not None and _server.poll() is None:
+    if _server is not None:
         _server.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             _server.wait(5)
-        except subprocess.TimeoutExpired:
-            _server.kill()
-            _server.wait()
+        _server.kill()
+        _server.wait()
     _server = None
 
 
@@ -1680,7 +1617,7 @@ def _start_tensorboard(logdir: Path) -> int:
         port = free.getsockname()[1]
     options = ["--logdir", str(logdir), "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile() as messages:
-        pipes = dict(stdin=subprocess.DEVNULL, stdout=messages, stderr=messages)
+        pipes = dict(stdin=subprocess.PIPE, stdout=messages, stderr=messages)
         _server = subprocess.Popen([sys.executable, "-c", SERVER, *options], **pipes)
         end = time.monotonic() + 60
         while time.monotonic() < end and _server.poll() is None:
@@ -1693,7 +1630,6 @@ def _start_tensorboard(logdir: Path) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------- monitor
-
 
 UNITS = {"utilization": "percent", "memory": "gib", "power": "watt", "temperature": "celsius", "sm_clock": "mhz"}
 
@@ -1740,7 +1676,7 @@ class Monitor:
     training. "Utilisation" of a GPU is the share of time in which at least one kernel ran, however small (NVML).
 
     Attributes:
-        samples: a dict for each sample: seconds (of training, since the first block began), time (since the epoch),
+        samples: a dict for each sample: seconds (of training, since the first block began), time (Unix time),
             and the quantities of `UNITS` that could be read.
         ends: seconds of training at the end of each block.
         reasons: quantity to why it could not be measured.
@@ -1749,7 +1685,8 @@ class Monitor:
     def __init__(self, device: torch.device, interval: float = 0.2, state: dict | None = None):
         self.interval, self.kind = interval, "gpu" if device.type == "cuda" else "cpu"
         state = state or {"samples": [], "ends": []}  # of a run that is resumed
-        self.samples, self.ends, self.reasons = [*state["samples"]], [*state["ends"]], {}
+        # A checkpoint has the samples of rank 0.
+        self.samples, self.ends, self.reasons = [*state["samples"]] if _world.rank == 0 else [], [*state["ends"]], {}
         self.seconds, self.logged = self.ends[-1] if self.ends else 0.0, len(self.samples)
         try:
             self.readers = _gpu_readers(device) if self.kind == "gpu" else _cpu_readers()
@@ -1803,17 +1740,14 @@ class Monitor:
     @property
     def utilization(self) -> Utilization:
         """The samples of the utilisation."""
-        return Utilization(self.kind, *self._points())
-
-    def _points(self):
         points = [(sample["seconds"], sample["utilization"]) for sample in self.samples if "utilization" in sample]
-        return points, self.reasons.get("utilization")
+        return Utilization(self.kind, points, self.reasons.get("utilization"))
 
     def metrics(self) -> dict:
         """The two utilisation entries of metrics.json, over the GPUs of all ranks."""
         if self.kind != "gpu":
             return {"gpu_utilization": None, "gpu_utilization_reason": "no NVIDIA GPU in use"}
-        series = [Utilization(*values) for values in from_all_ranks((self.kind, *self._points()))]
+        series = from_all_ranks(self.utilization)
         points = [point for each in series for point in each.points]
         reason = next((f"rank {rank}: {each.reason}" for rank, each in enumerate(series) if each.reason), None)
         summary = Utilization(self.kind, points, reason).statistics()
@@ -1851,16 +1785,11 @@ def _gpu_readers(device: torch.device) -> dict:
     import pynvml
 
     pynvml.nvmlInit()
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    handle, failure = None, None
-    for prefix in ("GPU-", "MIG-"):
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(prefix + uuid.removeprefix(prefix))
-            break
-        except pynvml.NVMLError as error:
-            failure = failure or error
-    if handle is None:
-        raise failure
+    uuid = torch.cuda.get_device_properties(device).uuid
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except pynvml.NVMLError:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
     return {
         "utilization": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
         "memory": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30,
@@ -1882,10 +1811,8 @@ def _cpu_readers() -> dict:
 def nvidia_smi() -> None:
     """Print what nvidia-smi shows, or why it shows nothing."""
     try:
-        result = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30)
-        print(
-            result.stdout if result.returncode == 0 else f"nvidia-smi: n/a ({(result.stdout + result.stderr).strip()})"
-        )
+        result = subprocess.run("nvidia-smi", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30)
+        print(f"nvidia-smi: n/a ({result.stdout.strip()})" if result.returncode else result.stdout)
     except FileNotFoundError:
         print("nvidia-smi: n/a (not installed: this machine has no NVIDIA driver)")
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -1965,13 +1892,7 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3), 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {
-        "font.size": 11,
-        "font.family": _fonts()[0],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": False,
-    }
+    style = {"font.size": 11, "font.family": _fonts()[0], "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):
         canvas = Figure(figsize=size, dpi=100, layout="constrained")
         axes = canvas.subplots(rows, columns, **options)
@@ -1997,18 +1918,29 @@ def printable(text: str) -> str:
     return "".join(c if c == "\n" or ord(c) in _fonts()[1] else f"U+{ord(c):04X}" for c in text)
 
 
+def _in_our_fonts(canvas) -> None:
+    """Give all text the families of `_fonts`: what was written after `figure` returned has matplotlib's own."""
+    from matplotlib.text import Text
+
+    for text in canvas.findobj(Text):
+        text.set_fontfamily(_fonts()[0])
+
+
 def show(canvas, provenance: Provenance) -> None:
     """Show the figure in the notebook (nothing on a terminal); a stand-in's figure says so across its top."""
     if provenance.source == "stand-in":
         canvas.suptitle(f"STAND-IN DATA, NOT {provenance.name}", color=COLORS[1], weight="bold", fontsize=12)
+    _in_our_fonts(canvas)
     if in_notebook():
         import PIL.Image
         from IPython.display import Image, display
 
         buffer, small = io.BytesIO(), io.BytesIO()
         canvas.savefig(buffer, format="png", facecolor="white")
-        # A palette makes half the size of it: notebooks with many figures stay easy to load and to send.
-        PIL.Image.open(buffer).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(small, format="png")
+        picture = PIL.Image.open(buffer).convert("RGB")
+        if picture.getcolors(maxcolors=4096):  # a drawing: a palette makes half the size of it, and no bands in photos
+            picture = picture.quantize(256, dither=PIL.Image.Dither.NONE)
+        picture.save(small, format="png", optimize=True)
         display(Image(data=small.getvalue(), format="png"), metadata={})
 
 
@@ -2055,15 +1987,13 @@ def curves(history: list[dict], ends: list[float] | None = None, utilization: Ut
         axis.set_ylabel("accuracy (%)" if quantity == "accuracy" else "loss (nats)")
         axis.grid(alpha=0.3)
     if ends is None:
-        axes[-1].set_xlabel("epoch")
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
     else:
-        top = axes[0].secondary_xaxis("top")
-        every = max(1, math.ceil(len(epochs) / 12))
+        top, every = axes[0].secondary_xaxis("top"), max(1, math.ceil(len(epochs) / 12))
         top.set_xticks(times[every - 1 :: every], epochs[every - 1 :: every])
         top.set_xlabel("epoch")
         utilization.draw(axes[-1])
-        axes[-1].set_xlabel("time spent training (s)")
+    axes[-1].set_xlabel("epoch" if ends is None else "time spent training (s)")
     return canvas
 
 
@@ -2099,8 +2029,7 @@ def show_confusion(matrix: torch.Tensor, classes: tuple[str, ...], provenance: P
     canvas, axis = figure(size=(6.5, 5.5))
     norm = PowerNorm(0.4, 0, 100)  # else a few per cent, which is what errors are, would be white
     image = axis.imshow(100 * share, cmap="Blues", norm=norm)
-    axis.set_xlabel("predicted class")
-    axis.set_ylabel("true class")
+    axis.set(xlabel="predicted class", ylabel="true class")
     canvas.colorbar(image, ax=axis, label="share of the true class (%)", ticks=(0, 1, 5, 20, 50, 100))
     if len(classes) <= 20:
         names = [printable(name) for name in classes]
@@ -2149,40 +2078,22 @@ def show_profile(profile, phases: list[str], steps: int, provenance: Provenance)
     """Show where `steps` profiled steps spent their time: milliseconds a step in each phase, and in the 8 heaviest
     operators. The phases are names given to `record_function`, each of which waited for the device at its end.
     """
-    events = profile.key_averages()
-    seconds = {event.key: event.cpu_time_total / 1e6 for event in events if event.key in phases}
-    on_device = any(event.self_device_time_total for event in events)
-    operators = [  # an operator's own time, on the device where there is one
-        ((e.self_device_time_total if on_device else e.self_cpu_time_total) / 1e6, e.key)
-        for e in events
-        if e.key not in phases
-    ]
-    operators = sorted(operators, reverse=True)
-    operators = [*operators[:8], (sum(value for value, _ in operators[8:]), f"{len(operators[8:])} others")]
+    # A GPU's kernels, and a second copy of each phase without CPU time, are events of their own: left out.
+    events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+    kind = "self_device_time_total" if any(event.self_device_time_total for event in events) else "self_cpu_time_total"
+    times = {event.key: event.cpu_time_total / 1e3 / steps for event in events}  # ms a step
+    own = {event.key: getattr(event, kind) / 1e3 / steps for event in events if event.key not in phases}
+    whole, heaviest = sum(times[phase] for phase in phases), sorted(own, key=own.get, reverse=True)
+    operators = {name: own[name] for name in heaviest[:8]}
+    operators[f"{len(heaviest[8:])} others"] = sum(own[name] for name in heaviest[8:])
+    bars = [({phase: times[phase] for phase in phases}, "phase"), (operators, "operator")]
     canvas, axes = figure(1, 2, size=(10, 3.4), width_ratios=(1, 1.2))
-    bars = [
-        ([seconds.get(phase, 0) for phase in phases], phases, COLORS[0], "phase"),
-        (
-            [value for value, _ in operators],
-            [name.removeprefix("aten::")[:34] for _, name in operators],
-            COLORS[2],
-            "operator",
-        ),
-    ]
-    for axis, (values, names, color, kind) in zip(axes, bars, strict=True):
-        milliseconds = [1e3 * value / steps for value in values]
-        axis.barh(range(len(names)), milliseconds, color=color)
-        axis.set_yticks(range(len(names)), names, fontsize=10)
+    for axis, color, (values, kind) in zip(axes, (COLORS[0], COLORS[2]), bars, strict=True):
+        drawn = axis.barh([name.removeprefix("aten::")[:34] for name in values], values.values(), color=color)
+        axis.bar_label(drawn, [f"{v:.1f} ({v / whole:.0%})" for v in values.values()], padding=3, fontsize=9)
+        axis.tick_params(axis="y", labelsize=10)
         axis.invert_yaxis()
-        axis.set(xlabel="ms a step", title=f"by {kind}", xlim=(0, 1.4 * max(milliseconds, default=1)))
-        for place, value in enumerate(milliseconds):
-            axis.text(
-                value,
-                place,
-                f" {value:.1f} ({value / (1e3 * sum(seconds.values()) / steps):.0%})",
-                va="center",
-                fontsize=9,
-            )
+        axis.set(xlabel="ms a step", title=f"by {kind}", xlim=(0, 1.4 * max(values.values())))
     show(canvas, provenance)
 
 
@@ -2249,13 +2160,9 @@ def draw_model(model: nn.Module, images: torch.Tensor, provenance: Provenance) -
 
 
 class Results(dict):
-    """{variant: [accuracy of each seed, in [0, 1]]} of one experiment; and which of them were trained now, on what, in
-    how many seconds, and what the store says of the others."""
-
-    def __init__(self, name: str, provenance: Provenance, stored: dict):
-        super().__init__()
-        self.name, self.provenance, self.stored = name, provenance, stored
-        self.trained, self.measured, self.seconds = [], "", 0.0
+    """{variant: [accuracy of each seed, in [0, 1]]} of one experiment. Its attributes say which were `trained` now, on
+    what data (`provenance`), how (`measured`), in how many `seconds`, and what the store says of the others (`stored`).
+    """
 
 
 def stored_experiments(lab: str) -> dict:
@@ -2266,18 +2173,7 @@ def stored_experiments(lab: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def experiment(
-    lab: str,
-    name: str,
-    variants: dict[object, dict],
-    train,
-    *,
-    again: str,
-    seeds: int,
-    provenance: Provenance,
-    device: torch.device,
-    setting: str,
-) -> Results:
+def experiment(lab: str, name: str, variants: dict, train, *, again: str, seeds: int, provenance, device, setting):
     """Return the accuracies of an experiment's variants: stored ones, and of those that the store lacks new ones.
 
     Every variant is trained where `again`, names with commas or "all", has the experiment; under LAB_FAST=1 only the
@@ -2292,7 +2188,8 @@ def experiment(
     store, chosen = stored_experiments(lab), {word.strip() for word in again.split(",")} - {""}
     if unknown := chosen - {"all", name, *store}:
         raise LabError(f"No experiment called {', '.join(sorted(unknown))}. There are: all, {', '.join(store)}.")
-    results = Results(name, provenance, store.get(name, {}))
+    results = Results()
+    results.provenance, results.stored, results.seconds = provenance, store.get(name, {}), 0.0
     known = {} if chosen & {"all", name} else results.stored.get("variants", {})
     variants = dict(list(variants.items())[:2]) if flag("FAST") else variants
     results.trained = [variant for variant in variants if str(variant) not in known]
@@ -2308,12 +2205,11 @@ def experiment(
         for seed in range(1, seeds + 1):
             part = "".join(c if c.isalnum() or c == "." else "-" for c in str(variant))
             writer = event_writer(home / f"{part}-seed-{seed}")
-            for epoch, accuracy in enumerate(history := train(seed=seed, **options), start=1):
+            for epoch, accuracy in enumerate(train(seed=seed, **options), start=1):
                 writer.add_scalar("accuracy/validation", accuracy, epoch)
             writer.close()
-            results[variant].append(history[-1])
-        seconds = time.perf_counter() - start
-        results.seconds += seconds
+            results[variant].append(accuracy)
+        results.seconds += (seconds := time.perf_counter() - start)
         shown = "  ".join(f"{100 * accuracy:.2f}" for accuracy in results[variant])
         print(f"{name}, {variant}: {shown} %, {seconds:.1f} s")
     return results
@@ -2334,26 +2230,21 @@ def show_experiment(results: Results, xlabel: str = ""):
     height = (2.9 if numeric else 0.8 + 0.42 * len(results)) + 0.15 * (1 + words.count("\n"))
     canvas, axis = figure(size=(8, height))
     places = list(results) if numeric else range(len(results))
-    means = [100 * statistics.mean(values) for values in results.values()]
     if numeric:
-        axis.plot(places, means, color=COLORS[0], alpha=0.5)
+        axis.plot(places, [100 * statistics.mean(values) for values in results.values()], color=COLORS[0], alpha=0.5)
         if min(places) > 0 and max(places) >= 8 * min(places):
             axis.set_xscale("log")
-    for place, mean, (variant, values) in zip(places, means, results.items(), strict=True):
-        spread = 100 * statistics.stdev(values) if len(values) > 1 else 0
+    turn, side, above = (1, "yerr", 7) if numeric else (-1, "xerr", 9)  # -1: x and y the other way round
+    for place, (variant, values) in zip(places, results.items(), strict=True):
         seeds, fill = [100 * value for value in values], COLORS[0] if variant in results.trained else "white"
-        bar = dict(fmt="o", color=COLORS[0], markerfacecolor=fill, markersize=8, capsize=4, zorder=3)
-        text = f"{mean:.2f}" + f" ± {spread:.2f}" * (len(values) > 1)
-        style = dict(textcoords="offset points", ha="center", fontsize=9)
+        mean, spread = statistics.mean(seeds), statistics.stdev(seeds) if len(seeds) > 1 else 0
         reach = [[min(spread, mean)], [min(spread, 100 - mean)]]  # no accuracy lies beyond 0 or 100 %
-        if numeric:
-            axis.errorbar(place, mean, reach, **bar)
-            axis.plot([place] * len(seeds), seeds, ".", color=COLORS[1], markersize=4, zorder=4)
-            axis.annotate(text, (place, max(mean + reach[1][0], *seeds, mean)), (0, 7), **style)
-        else:
-            axis.errorbar(mean, place, xerr=reach, **bar)
-            axis.plot(seeds, [place] * len(seeds), ".", color=COLORS[1], markersize=4, zorder=4)
-            axis.annotate(text, (mean, place), (0, 9), **style)
+        bar = dict(fmt="o", color=COLORS[0], markerfacecolor=fill, markersize=8, capsize=4, zorder=3)
+        axis.errorbar(*(place, mean)[::turn], **{side: reach}, **bar)
+        axis.plot(*([place] * len(seeds), seeds)[::turn], ".", color=COLORS[1], markersize=4, zorder=4)
+        top = (place, max(mean + reach[1][0], *seeds) if numeric else mean)[::turn]
+        text = f"{mean:.2f}" + f" ± {spread:.2f}" * (len(seeds) > 1)
+        axis.annotate(text, top, (0, above), textcoords="offset points", ha="center", fontsize=9)
     label = "accuracy on held-out images (%)"
     if numeric:
         axis.set(xlabel=xlabel, ylabel=label.replace(" on ", "\non ", 1))
@@ -2503,14 +2394,7 @@ def read_run(run: str | Path) -> dict:
     from tensorboard.util.tensor_util import make_ndarray
 
     run = Path(run)
-    try:
-        metrics, config = (
-            json.loads((run / name).read_text(encoding="utf-8")) for name in ("metrics.json", "config.json")
-        )
-    except (OSError, ValueError) as error:
-        raise LabError(
-            f"{run} is no finished run: {error}. A run's directory holds metrics.json and config.json."
-        ) from None
+    metrics, config = (_read_json(run, name) for name in ("metrics.json", "config.json"))
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 1, "tensors": 1}).Reload()
     tags = events.Tags()
@@ -2568,7 +2452,7 @@ figure img { width: 5rem; height: 5rem; image-rendering: pixelated; }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; } figure, svg, tr { break-inside: avoid; }
   h2 { break-after: avoid; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 </style></head><body>
-{% macro rows(pairs) %}<table>{% for name, value in pairs %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
+{% macro rows(facts) %}<table>{% for name, value in facts.items() %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}</table>{% endmacro %}
 {% block content %}{% endblock %}
 </body></html>"""
@@ -2589,10 +2473,10 @@ of time in which the device was busy at all; it does not say how well it was use
 {% if confusion %}<h2>Confusion matrix 混淆矩阵</h2><div class="scroll"><table class="confusion">
 <tr><td></td><th colspan="{{ classes|length }}">predicted class 预测类别</th></tr>
 <tr><th>true 真实类别</th>{% for name in classes %}<th>{{ name }}</th>{% endfor %}<th>accuracy</th></tr>
-{% for line in confusion %}<tr><th>{{ classes[loop.index0] }}</th>
-{% for count, share in line.cells %}<td style="background: rgba(0, 114, 178, {{ "%.2f"|format(share) }});
+{% for cells, accuracy in confusion %}<tr><th>{{ classes[loop.index0] }}</th>
+{% for count, share in cells %}<td style="background: rgba(0, 114, 178, {{ "%.2f"|format(share) }});
 color: {{ "#fff" if share > 0.5 else "#1a1a1a" }}">{{ count or "" }}</td>{% endfor %}
-<td>{{ line.accuracy }}</td></tr>{% endfor %}</table></div>{% endif %}
+<td>{{ accuracy }}</td></tr>{% endfor %}</table></div>{% endif %}
 {% if taken %}<h2>Most frequent confusions 最常混淆的类别</h2>
 <table><tr><th>true</th><th>predicted</th><th>images</th></tr>{% for actual, predicted, count in taken %}
 <tr><td>{{ actual }}</td><td>{{ predicted }}</td><td>{{ count }}</td></tr>{% endfor %}</table>{% endif %}
@@ -2636,6 +2520,7 @@ def _svg(canvas):
     from matplotlib import rc_context
 
     buffer = io.StringIO()
+    _in_our_fonts(canvas)
     with rc_context({"svg.fonttype": "none"}):
         canvas.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -2655,6 +2540,25 @@ def _series(run: dict) -> tuple[list[dict], list[float], str, list[tuple[float, 
     return history, seconds, kind, points
 
 
+def _facts(metrics: dict) -> dict:
+    """What the report and the comparison both say of a run, line by line."""
+    checked = "every checksum matched" if metrics["verified"] else "no checksums to match"
+    return {
+        "notebook 实验": metrics["lab"],
+        "data 数据": f"{metrics['dataset']} ({metrics['source']}, {checked})",
+        "test accuracy 测试准确率": f"{metrics['test_accuracy']:.2%}",
+        "test loss 测试损失": f"{metrics['test_loss']:.4f}",
+        "time of training 训练时间": f"{metrics['train_seconds']:.1f} s",
+        "images/s": f"{metrics['images_per_second']:,.0f}",
+        "parameters 参数量": f"{metrics['parameters']:,}",
+        "epochs 训练轮数": metrics["epochs"],
+        "seed 随机种子": metrics["seed"],
+        "device 设备": metrics["device"],
+        "processes 进程数": metrics["world_size"],
+        "precision 精度": metrics["precision"],
+    }
+
+
 def write_report(run: str | Path, words: str | Path | None = None) -> Path:
     """Write `report.html` into the run's directory, from its metrics, config and events alone; return its path.
 
@@ -2666,59 +2570,30 @@ def write_report(run: str | Path, words: str | Path | None = None) -> Path:
     history, seconds, kind, points = _series(data)
     busy = Utilization(kind, points, metrics["gpu_utilization_reason"] if kind == "gpu" else None)
     utilization = str(busy) if kind == "gpu" else f"GPU utilisation: n/a ({metrics['gpu_utilization_reason']}). {busy}"
-    if words is None:
-        words = own_words(metrics["lab"])
-    elif isinstance(words, Path):
-        words = words.read_text(encoding="utf-8")
-    checked = "every checksum matched" if metrics["verified"] else "no checksums to match"
-    what = [
-        ("notebook 实验", metrics["lab"]),
-        ("data 数据", f"{metrics['dataset']} ({metrics['source']}, {checked})"),
-        ("parameters 参数量", f"{metrics['parameters']:,}"),
-        ("epochs 训练轮数", metrics["epochs"]),
-        ("time of training 训练时间", f"{metrics['train_seconds']:.1f} s"),
-        ("test loss 测试损失", f"{metrics['test_loss']:.4f}"),
-        ("seed 随机种子", metrics["seed"]),
-        ("begun, finished 起止时间", f"{metrics['started']}, {metrics['finished']}"),
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    where = [("device 设备", metrics["device"]), ("processes 进程数", metrics["world_size"])]
-    where += [
-        ("precision 精度", metrics["precision"]),
-        ("versions 软件版本", versions),
-        ("git", config.get("git") or "none"),
-    ]
-    values = dict(
-        title=f"{metrics['lab'].upper()} · {metrics['dataset']} · {data['path'].resolve().name}", metrics=metrics
-    )
-    values |= dict(stand_in=metrics["source"] == "stand-in", what=what, where=where, utilization=utilization)
-    values |= dict(
-        settings=config["settings"].items(), words=_markdown(words) if words.strip() else "", classes=classes
-    )
+    words = words.read_text(encoding="utf-8") if isinstance(words, Path) else words
+    words = own_words(metrics["lab"]) if words is None else words
+    what = _facts(metrics) | {"begun, finished 起止时间": f"{metrics['started']}, {metrics['finished']}"}
+    where = {name: what.pop(name) for name in ("device 设备", "processes 进程数", "precision 精度")}
+    where["versions 软件版本"] = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    where["git"] = config.get("git") or "none"
+    values = dict(title=f"{metrics['lab'].upper()} · {metrics['dataset']} · {data['path'].resolve().name}")
+    values |= dict(metrics=metrics, stand_in=metrics["source"] == "stand-in", what=what, where=where, classes=classes)
+    values |= dict(utilization=utilization, settings=config["settings"])
+    values["words"] = _markdown(words) if words.strip() else ""
     values["curves"] = _svg(curves(history, *((seconds, busy) if len(seconds) == len(history) > 0 else ())))
     values["tables"] = [(name, _markdown(text)) for name, text in data["tables"].items()]
-    values["mistakes"] = [
-        (tag.split(" ", 1)[-1], base64.b64encode(picture).decode())
-        for tag, picture in data["pictures"].items()
-        if tag.startswith("mistakes/")
-    ]
-    if confusion is not None and confusion.sum():
-        values |= dict(
-            count=int(confusion.sum()), interval=confidence_interval(metrics["test_accuracy"], confusion.sum())
-        )
+    mistakes = {tag: picture for tag, picture in data["pictures"].items() if tag.startswith("mistakes/")}
+    values["mistakes"] = [(t.split(" ", 1)[-1], base64.b64encode(picture).decode()) for t, picture in mistakes.items()]
+    if confusion is not None and (count := int(confusion.sum())):
+        values |= dict(count=count, interval=confidence_interval(metrics["test_accuracy"], count))
         if len(classes) <= 20:
             totals = np.maximum(confusion.sum(axis=1), 1)
-            values["confusion"] = [
-                {
-                    "cells": [(int(count), count / total) for count in line],
-                    "accuracy": f"{line[k] / total:.1%}" if line.sum() else "no image",
-                }
-                for k, (line, total) in enumerate(zip(confusion, totals, strict=True))
-            ]
-        wrong = confusion * (1 - np.eye(len(confusion), dtype=int))
-        order = wrong.ravel().argsort(kind="stable")[::-1][:10]
-        pairs = [np.unravel_index(place, wrong.shape) for place in order if wrong.ravel()[place]]
-        values["taken"] = [(classes[i], classes[j], int(wrong[i, j])) for i, j in pairs]
+            shares = confusion / totals[:, None]
+            accuracies = [f"{shares[k, k]:.1%}" if confusion[k].any() else "no image" for k in range(len(confusion))]
+            cells = [list(zip(*pair, strict=True)) for pair in zip(confusion.tolist(), shares.tolist(), strict=True)]
+            values["confusion"] = list(zip(cells, accuracies, strict=True))
+        wrong = sorted(((confusion[i, j], i, j) for i, j in np.argwhere(confusion) if i != j), reverse=True)
+        values["taken"] = [(classes[i], classes[j], count) for count, i, j in wrong[:10]]
     with replacing(data["path"] / "report.html") as temporary:
         temporary.write_text(_render("report", **values), encoding="utf-8")
     return data["path"] / "report.html"
@@ -2750,21 +2625,11 @@ def write_comparison(runs: list[str | Path], output: str | Path) -> Path:
     """Write a page that compares runs: their metrics and the settings that differ, and their curves overlaid."""
     read = [read_run(run) for run in runs]
     names = [f"{run['metrics']['lab']}/{run['path'].resolve().name}" for run in read]
-    shown = {
-        "data 数据": lambda m: f"{m['dataset']} ({m['source']})",
-        "test accuracy 测试准确率": lambda m: f"{m['test_accuracy']:.2%}",
-        "test loss 测试损失": lambda m: f"{m['test_loss']:.4f}",
-        "time of training 训练时间": lambda m: f"{m['train_seconds']:.1f} s",
-        "images/s": lambda m: f"{m['images_per_second']:,.0f}",
-        "parameters 参数量": lambda m: f"{m['parameters']:,}",
-        "epochs 训练轮数": lambda m: m["epochs"],
-        "device 设备": lambda m: m["device"],
-        "precision 精度": lambda m: m["precision"],
-    }
-    lines = [(name, [str(show(run["metrics"])) for run in read]) for name, show in shown.items()]
-    for setting in dict.fromkeys(name for run in read for name in run["config"]["settings"]):
-        values = [str(run["config"]["settings"].get(setting, "")) for run in read]
-        lines += [(setting, values)] if len(set(values)) > 1 else []
+    columns, lines = [_facts(run["metrics"]) | run["config"]["settings"] for run in read], []
+    for name in dict.fromkeys(itertools.chain(*columns)):
+        values = [str(column.get(name, "")) for column in columns]
+        differ = len(set(values)) > 1
+        lines += [(name, values, differ)] * (differ or not name.isupper())  # a setting only where it differs
     canvas, axes = figure(2, 1, size=(9, 6.5))
     for number, (run, name) in enumerate(zip(read, names, strict=True)):
         history, seconds, *_ = _series(run)
@@ -2778,47 +2643,28 @@ def write_comparison(runs: list[str | Path], output: str | Path) -> Path:
         axis.set(xlabel=label, ylabel="accuracy (%)")
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=9)
-    lines = [(name, values, len(set(values)) > 1) for name, values in lines]
-    output = Path(output)
-    page = _render(
-        "comparison", title=f"{len(read)} runs compared 实验对比", runs=names, lines=lines, curves=_svg(canvas)
-    )
+    values = dict(title=f"{len(read)} runs compared 实验对比", runs=names, lines=lines, curves=_svg(canvas))
     with replacing(output) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return output
+        temporary.write_text(_render("comparison", **values), encoding="utf-8")
+    return Path(output)
 
 
-def prefetch(names: list[str]) -> int:
-    """Bring datasets into LAB_DATA, for machines without internet; return how many failed."""
+def fetch(names: list[str], verify: bool) -> int:
+    """Bring datasets into LAB_DATA or, to `verify`, only check what is there; return 1 if any failed, else 0."""
+    if verify:
+        os.environ["LAB_OFFLINE"] = "1"
     failed = 0
     for name in names:
-        begin = time.monotonic()
         try:
-            parts = [_load_official(name, train) for train in (True, False)]
-            print(f"{name}: {' + '.join(f'{len(part):,}' for part in parts)} images, {time.monotonic() - begin:.0f} s")
+            train, test = (_load_official(name, part) for part in (True, False))
+            print(f"{name}: {train.provenance}, {len(train):,} + {len(test):,} images")
         except LabError as error:
-            failed += 1
-            print(f"{name}: FAILED\n{error}", file=sys.stderr)
-    return failed
-
-
-def verify(names: list[str]) -> int:
-    """Check what is in LAB_DATA against its checksums, without any download; return how many datasets are damaged."""
-    damaged, offline = 0, os.environ.get("LAB_OFFLINE")
-    os.environ["LAB_OFFLINE"] = "1"
-    try:
-        for name in names:
-            try:
-                train, test = (_load_official(name, part) for part in (True, False))
-                print(f"{name}: {train.provenance}, {len(train):,} + {len(test):,} images")
-            except DataUnavailable:
+            if verify and isinstance(error, DataUnavailable):
                 print(f"{name}: not there, or not all of it")
-            except LabError as error:
-                damaged += 1
-                print(f"{name}: DAMAGED\n{error}", file=sys.stderr)
-    finally:
-        os.environ.pop("LAB_OFFLINE") if offline is None else os.environ.update(LAB_OFFLINE=offline)
-    return damaged
+            else:
+                failed = 1
+                print(f"{name}: {'DAMAGED' if verify else 'FAILED'}\n{error}", file=sys.stderr)
+    return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -2840,7 +2686,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command in ("prefetch", "verify"):
             if unknown := set(chosen.names) - set(MIRRORS):
                 raise LabError(f"No dataset called {', '.join(sorted(unknown))}. There are: {', '.join(MIRRORS)}.")
-            return min(1, globals()[chosen.command](chosen.names or list(MIRRORS)))
+            return fetch(chosen.names or list(MIRRORS), chosen.command == "verify")
         if chosen.command == "report":
             print(write_report(chosen.run, chosen.words))
         else:

@@ -179,7 +179,9 @@ def test_the_page_sets_its_rate_beside_the_launched_runs(name, tmp_path, monkeyp
     finish("this", 1, 1000.0)
     monkeypatch.setattr(helpers, "launch", lambda notebook, processes, **settings: finish("new", processes, 1500.0))
     tables, [cell] = {}, [cell for cell in notebooks.code_cells(name) if "helpers.launch(" in cell.source]
-    page = dict(PROCESSES=2, EPOCHS=1, world=helpers.World(), run=tmp_path / "this", helpers=helpers, json=json)
+    page = dict(
+        PROCESSES=2, SETTINGS={"EPOCHS": 1}, world=helpers.World(), run=tmp_path / "this", helpers=helpers, json=json
+    )
     exec(cell.source, page | {"writer": SimpleNamespace(add_text=tables.__setitem__)})
     lines = tables["tables/processes"].splitlines()
     assert lines[2:] == ["| 1 | 1,000 | 1.00 × |", "| 2 | 1,500 | 1.50 × |"]

@@ -97,7 +97,7 @@ def test_the_figure_says_what_is_stored(run, variants, monkeypatch):
     written = [text.get_text() for text in axis.texts]
     assert (axis.get_xscale() == "log") == (variants is not VARIANTS)
     if variants is VARIANTS:
-        assert written == ["75.0 ± 5.0", "50.0 ± 0.0", "49.4 ± 4.4"]
+        assert written == ["75.00 ± 5.00", "50.00 ± 0.00", "49.38 ± 4.42"]
         assert [label.get_text() for label in axis.get_yticklabels()] == ["max", "0.1", "mine"]
 
 

@@ -150,7 +150,7 @@ class TestMuon:
         optimizer.step()
         other = cifar()["Muon"]([weight], lr=0.2)
         other.load_state_dict(optimizer.state_dict())
-        assert torch.equal(other.state[weight]["average"], optimizer.state[weight]["average"])
+        assert torch.equal(other.state[weight]["momentum"], optimizer.state[weight]["momentum"])
         assert other.param_groups[0]["lr"] == 0.1
 
 
