@@ -186,6 +186,16 @@ class TestMnist:
         assert "train-images-idx3-ubyte.gz" in printed  # what to put there by hand
         assert "LAB_OFFLINE" in printed
 
+    def test_a_photograph_lies_as_the_camera_was_held(self, tmp_path):
+        pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+        pixels[:4] = 255  # a bright upper edge
+        stored, exif = Image.fromarray(np.rot90(pixels).copy()), Image.Exif()  # turned to the left, as a sensor may lie
+        exif[0x0112] = 6  # "turn to the right to see it upright"
+        stored.save(tmp_path / "photo.png", exif=exif)
+        upright = helpers.read_image(tmp_path / "photo.png", COLOR)
+        assert upright[:, :4].min() == 255
+        assert upright[:, 4:].max() == 0
+
     @pytest.mark.parametrize(
         "bad", [b"", b"\0\0\x08", b"\0\0\x08\x01\0\0\0\x09abc", b"\0\0\x0d\x01\0\0\0\x01a", b"<html>blocked</html>"]
     )

@@ -156,6 +156,19 @@ def test_two_launches_at_once_do_not_collide_and_differing_settings_are_named(tm
     assert printed == [differ, differ, "total 21", "total 41"]
 
 
+def test_when_rank_0_fails_to_get_the_data_the_others_go_on_at_once(monkeypatch):
+    monkeypatch.setattr(helpers, "_store", torch.distributed.HashStore())
+    monkeypatch.setattr(helpers, "_turns", 0)
+    monkeypatch.setattr(helpers, "_world", helpers.World(0, 2, 0))
+    with pytest.raises(helpers.DataUnavailable), helpers.rank_0_first("download"):
+        raise helpers.DataUnavailable("no network")
+    monkeypatch.setattr(helpers, "_turns", 0)  # now as the other process
+    monkeypatch.setattr(helpers, "_world", helpers.World(1, 2, 1))
+    begin = time.monotonic()
+    with helpers.rank_0_first("download", seconds=30):
+        assert time.monotonic() - begin < 5
+
+
 def test_a_port_in_use(monkeypatch):
     monkeypatch.setattr(helpers, "_world", helpers.World())
     monkeypatch.setattr(helpers, "_route_output", lambda rank: None)

@@ -20,7 +20,9 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import pytest
 
 import helpers
@@ -72,6 +74,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(120 if kind == "stalled" else 0)
         elif kind == "trickle":
             self.trickle(body)
+        elif kind == "slow":
+            for start in range(0, len(body), len(body) // 15):
+                self.wfile.write(body[start : start + len(body) // 15])
+                time.sleep(0.1)
         elif kind == "endless":
             while True:
                 self.wfile.write(body)
@@ -218,6 +224,29 @@ def test_a_download_that_broke_off_goes_on_where_it_ended(server, tmp_path, faul
         assert download(tmp_path).read_bytes() == GOOD
         seen("the data; only the rest was asked for")
     assert server.asked == [("cut", None), ("range", f"bytes={len(GOOD) // 2}-")]
+
+
+def test_the_last_mirror_may_be_slow(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(helpers, "SLOW_RATE", 1_000_000)  # bytes a second; 200,000 are what comes
+    monkeypatch.setattr(helpers, "SLOW_SECONDS", 0.5)
+    mirrors(monkeypatch, f"{server.url}/slow", f"{server.url}/slow")
+    assert download(tmp_path).read_bytes() == GOOD
+    assert len(server.asked) == 2, "the first one was given up for it"
+
+
+def test_who_waits_in_vain_for_the_lock_leaves_the_others_file_alone(server, tmp_path, monkeypatch):
+    mirrors(monkeypatch, f"{server.url}/good")
+    (tmp_path / f".{NAME}.part").write_bytes(GOOD[:1000])  # what another process has so far
+    lock = filelock.FileLock
+    monkeypatch.setattr(filelock, "FileLock", lambda path, timeout: lock(path, timeout=0.2))
+    with lock(tmp_path / f".{NAME}.lock"), pytest.raises(helpers.DataUnavailable, match="lock"):
+        in_thread(lambda: download(tmp_path))
+    assert (tmp_path / f".{NAME}.part").read_bytes() == GOOD[:1000]
+
+
+def in_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
 
 def test_a_part_that_does_not_fit_is_thrown_away(server, tmp_path, monkeypatch):

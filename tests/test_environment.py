@@ -33,6 +33,7 @@ NO_CUDA = {"device_type": "cpu", "capability": None, "arch_list": []}
         ({"torchvision": "not installed"}, "not installed", "cu130", True),
         ({**NO_CUDA, "torch": "2.14.1+cpu", "cuda_build": None}, "CPU build", "cu126", False),
         ({**NO_CUDA, "driver": "535.183.01"}, "too old", "cu126", False),
+        ({**NO_CUDA, "driver": "470.256.02"}, "too old", "update the NVIDIA driver", False),
         (NO_CUDA, "CUDA_VISIBLE_DEVICES", "unset", False),
     ],
 )
@@ -54,6 +55,13 @@ def test_each_problem_comes_with_the_line_that_mends_it(change, problem, mend, f
         {"capability": (12, 1), "device": "NVIDIA GB10"},
         {"capability": (7, 0), "device": "Tesla V100", "arch_list": CU126, "cuda_build": "12.6"},
         {**NO_CUDA, "driver": None, "driver_gpus": [], "torch": "2.14.1+cpu", "cuda_build": None},
+        {
+            "device": "AMD Instinct MI250X",
+            "cuda_build": None,
+            "driver": None,
+            "driver_gpus": [],
+            "arch_list": ["gfx90a"],
+        },
     ],
 )
 def test_nothing_is_wrong(change):

@@ -304,6 +304,20 @@ def test_the_curves_survive_a_second_interruption_before_the_next_checkpoint(sav
     assert [point.step for point in points] == [1, 2, 3, 4]
 
 
+def test_curves_cut_short_by_a_power_cut_are_kept_as_far_as_they_go(saved):
+    run, model, optimizer, schedule = saved
+    writer = helpers.event_writer(run)
+    for epoch in range(1, 31):
+        writer.add_scalar("loss/train", 1 / epoch, epoch)
+    helpers.save_checkpoint(run, 3, model, [optimizer], [schedule], writer)
+    writer.close()
+    [events] = run.glob("events*")
+    os.truncate(events, events.stat().st_size - 10)  # in the middle of the last event
+    helpers.event_writer(run, reopen("latest")[1]).close()
+    points = EventAccumulator(str(run)).Reload().Scalars("loss/train")
+    assert [point.step for point in points] == list(range(1, 30))
+
+
 def test_nothing_to_resume_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
     with pytest.raises(helpers.LabError, match="LAB_RESUME=latest"):

@@ -46,6 +46,8 @@ def test_budget(monkeypatch):
     assert helpers.budget(smoke=1, cpu=2, full=3) == 2
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert helpers.budget(smoke=1, cpu=2, full=3) == 3
+    monkeypatch.setenv("LAB_DEVICE", "cpu")
+    assert helpers.budget(smoke=1, cpu=2, full=3) == 2
 
 
 def test_relative_folders_start_at_the_module(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,23 @@ def test_profile_shows_phases_and_operators(monkeypatch):
     names = [label.get_text() for label in operators.get_yticklabels()]
     assert "mm" in names
     assert not {"forward", "optimizer"} & set(names)
+
+
+def test_profile_of_a_gpu_counts_each_phase_and_kernel_once(monkeypatch):
+    """As torch's profiler lists them: a phase once more among the device's events, a kernel beside its operator."""
+    shown, (cpu, cuda) = [], (torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA)
+    fields = ("key", "device_type", "cpu_time_total", "self_cpu_time_total", "self_device_time_total")
+    rows = [("forward", cpu, 3000, 100, 0), ("aten::mm", cpu, 2000, 2000, 1500), ("aten::add", cpu, 500, 500, 200)]
+    rows += [("forward", cuda, 0, 0, 1700), ("gemm_kernel", cuda, 0, 0, 1500)]
+    events = [SimpleNamespace(**dict(zip(fields, row, strict=True))) for row in rows]
+    monkeypatch.setattr(helpers, "show", lambda canvas, provenance: shown.append(canvas))
+    profile = SimpleNamespace(key_averages=lambda: events)
+    helpers.show_profile(profile, ["forward"], 1, helpers.Provenance("test", "official", True))
+    phases, operators = shown[0].axes
+    assert [patch.get_width() for patch in phases.patches] == [3.0]
+    names = [label.get_text() for label in operators.get_yticklabels()]
+    assert dict(zip(names, [patch.get_width() for patch in operators.patches], strict=True))["mm"] == 1.5
+    assert "gemm_kernel" not in names
 
 
 def test_averaged_views_are_the_mean_of_shifted_and_mirrored_images():
