@@ -1660,7 +1660,8 @@ class Utilization:
     def draw(self, axis) -> None:
         """Draw the points on the axis, over seconds; where they are missing or end early, write why."""
         if self.points:
-            axis.plot(*zip(*self.points, strict=True), color=COLORS[2], linewidth=1, marker=".", markersize=3)
+            marker = "." if len(self.points) < 100 else ""  # each would be an element of the report's drawing
+            axis.plot(*zip(*self.points, strict=True), color=COLORS[2], linewidth=1, marker=marker, markersize=3)
         if self.reason or not self.points:
             axis.text(0.02, 0.5, f"n/a: {self.reason or 'too short to sample'}", transform=axis.transAxes, va="center")
         axis.set(ylim=(0, 105), ylabel=f"{'GPU' if self.kind == 'gpu' else 'process CPU'}\nutilisation (%)")
@@ -1978,7 +1979,8 @@ def curves(history: list[dict], ends: list[float] | None = None, utilization: Ut
             axis.plot(times, values, color=color, marker=marker, markersize=4)
             if values and math.isfinite(values[-1]):
                 lines.append((values[-1], part, color))
-        if quantity == "loss" and all(value > 0 for line in axis.lines for value in line.get_ydata()):
+        drawn = [value for line in axis.lines for value in line.get_ydata() if math.isfinite(value)]
+        if quantity == "loss" and drawn and max(drawn) > 10 * min(drawn) > 0:
             axis.set_yscale("log")  # the late epochs differ by little, and that is what one looks for
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
@@ -2001,6 +2003,7 @@ def _label_ends(axis, times, lines) -> None:
     """Write each line's name (value, name, color) behind its end, apart from one another: no legend to hunt in."""
     if not lines:
         return
+    axis.get_ylim()  # brings the limits up to date, which matplotlib does only when it must
     heights = [axis.transAxes.inverted().transform(axis.transData.transform((0, v)))[1] for v, _, _ in sorted(lines)]
     gap, places = 0.13, []  # all in shares of the axis, which may be logarithmic
     for height in heights:
