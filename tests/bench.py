@@ -253,6 +253,7 @@ def published_recipe(train, seed, epochs):
     rates = dict(MUON_RATE=0.24, HEAD_RATE=1.02e-5, BIAS_RATE=0.053, WEIGHT_DECAY=2e-6, LABEL_SMOOTHING=0.2)
     rates["BATCH_SIZE"] = 2_000
     page, epochs = notebooks.page("CIFAR.ipynb", **rates), epochs or 8
+    page["Conv3x3"].forward = nn.Conv2d.forward  # the page's special case for a CPU is not in it
     torch.manual_seed(seed)
     loader = cifar_loader(train, train, 2_000, seed, shuffle=True, flip=True, alternate=True, translate=2)
     model = page["FastCNN"]((64, 256, 256), (1, 1, 1), len(train.classes), shortcut=False)
@@ -303,7 +304,7 @@ def cifar(arguments) -> None:
     dataset = os.environ.get("LAB_DATASET", "CIFAR10")
     train, test = (helpers.load(dataset, part, (3, 32, 32)) for part in (True, False))
     rows = {name: [] for name in arguments.recipes.split(",")}
-    for seed in range(1, arguments.seeds + 1):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name, results in rows.items():
             recipe = {"published": published_recipe, "page": page_recipe}[name]
             seconds, flops, model, page = train_recipe(recipe, train, seed, arguments.epochs)
@@ -392,6 +393,8 @@ def logging(arguments) -> None:
                 page["train_one_epoch"](model, [(images, labels)] * steps, *run)[0].tolist()
                 rates[watched].append(steps / (time.perf_counter() - begin))
         epoch = len(loader) / statistics.median(rates[False][1:])
+        test = helpers.stand_in(dataset, False, shape, 10_000)
+        logits = torch.randn(len(test), len(test.classes))
         with tempfile.TemporaryDirectory() as folder:
             writer = SummaryWriter(folder)
             begin = time.perf_counter()
@@ -404,14 +407,12 @@ def logging(arguments) -> None:
             each = (time.perf_counter() - begin) / 3
             begin = time.perf_counter()
             helpers.log_graph(writer, model, images[:1])
-            test = helpers.stand_in(dataset, False, shape, 10_000)
-            logits = torch.randn(len(test), len(test.classes))
             matrix = helpers.confusion_matrix(logits, test.labels)
             writer.add_figure("a", helpers.show_confusion(matrix, test.classes, test.provenance))
             writer.add_figure("b", helpers.show_classes(matrix, test.classes, test.provenance))
             for k in range(len(test.classes)):
                 writer.add_pr_curve(f"pr/{k}", test.labels == k, logits.softmax(dim=1)[:, k])
-            some = test.subset(torch.arange(1_000))
+            some = test.subset(torch.arange(page["EMBEDDINGS"]))
             features = helpers.penultimate(model, helpers.ResidentLoader(some, **options))
             writer.add_embedding(features, some.labels.tolist(), some.images / 255)
             writer.close()
@@ -722,6 +723,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement of a rate")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is shown")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=1, help="cifar: so that several machines share the seeds")
     parser.add_argument(
         "--epochs", type=int, help="mnist: at most, of the classic recipe (14); cifar: of both (their own)"
     )
