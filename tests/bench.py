@@ -298,16 +298,52 @@ def train_recipe(recipe, train, seed, epochs):
     return seconds, flops, model, page
 
 
+RECIPES = {"published": published_recipe, "page": page_recipe}
+
+
+def cifar_pace(arguments) -> None:
+    """Milliseconds of CPU or GPU for an image in a training step of each recipe, measured in turn, and what they add up
+    to over 50,000 images and all passes. Nothing is trained to an end, so a quiet minute is enough."""
+    split, criterion = helpers.stand_in("CIFAR10", True, (3, 32, 32), 4_000), nn.CrossEntropyLoss(label_smoothing=0.2)
+    plans, runs, measured = {}, {}, {}
+    for name in arguments.recipes.split(","):
+        page, model, loader, optimizers, schedulers, sizes = RECIPES[name](split, 1, arguments.epochs)
+        learned = (
+            3 * len(sizes) / 8 if model.whiten.bias is not None else 0
+        )  # epochs in which the whitening's bias learns
+        plans[name] = [(size, epoch < learned) for epoch, size in enumerate(sizes)]
+        scaler, batches = torch.amp.GradScaler(loader.device.type, enabled=False), [next(iter(loader))]
+        runs[name] = page["train_one_epoch"], model, batches, (criterion, optimizers, schedulers), scaler
+        measured |= {(name, kind): [] for kind in plans[name]}
+    for _ in range(arguments.repeats + 1):
+        for (name, (size, bias)), times in measured.items():
+            train_one_epoch, model, batches, options, scaler = runs[name]
+            if model.whiten.bias is not None:
+                model.whiten.bias.requires_grad_(bias)
+                model.whiten.bias.grad = None
+            begin = time.perf_counter()
+            train_one_epoch(model, batches, *options, size, "fp32", scaler)[0].tolist()
+            times.append((time.perf_counter() - begin) / len(batches[0][1]))
+    rows = []
+    for name, plan in plans.items():
+        pace = {kind: 1e3 * statistics.median(measured[name, kind][1:]) for kind in plan}
+        text = ", ".join(f"{ms:.2f} at {size} px{' (bias learns)' * bias}" for (size, bias), ms in pace.items())
+        rows.append([name, len(plan), text, round(50 * sum(pace[kind] for kind in plan))])
+    header = ["recipe", "passes", "ms an image", "s, all passes over 50,000 images"]
+    table(f"Pace of training steps, measured in turn, median of {arguments.repeats}, fp32", header, rows)
+
+
 def cifar(arguments) -> None:
     """Accuracy, FLOPs and seconds of the published recipe and of the page's full one, on all training images."""
     helpers.reuse_memory()
+    if arguments.pace:
+        return cifar_pace(arguments)
     dataset = os.environ.get("LAB_DATASET", "CIFAR10")
     train, test = (helpers.load(dataset, part, (3, 32, 32)) for part in (True, False))
     rows = {name: [] for name in arguments.recipes.split(",")}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name, results in rows.items():
-            recipe = {"published": published_recipe, "page": page_recipe}[name]
-            seconds, flops, model, page = train_recipe(recipe, train, seed, arguments.epochs)
+            seconds, flops, model, page = train_recipe(RECIPES[name], train, seed, arguments.epochs)
             loader = cifar_loader(test, train, 1_000)
             accuracies = [helpers.evaluate(m, loader)[1] for m in (model, page["AveragedViews"](model))]
             results.append((*accuracies, flops / 1e15, seconds))
@@ -728,6 +764,7 @@ def main() -> None:
         "--epochs", type=int, help="mnist: at most, of the classic recipe (14); cifar: of both (their own)"
     )
     parser.add_argument("--recipes", default="published,page", help="cifar: which ones")
+    parser.add_argument("--pace", action="store_true", help="cifar: only time steps of each recipe, in turn")
     parser.add_argument("--processes", help="ddp: how many, with commas (1,2,4, or up to the number of GPUs)")
     parser.add_argument("--equality", action="store_true", help="ddp: see above")
     parser.add_argument("--statistics", action="store_true", help="ddp: see above")
