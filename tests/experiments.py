@@ -42,7 +42,7 @@ def main() -> None:
     page["train_part"], page["validation_part"] = helpers.hold_out(data, page["VALIDATION"], page["SEED"])
     page["device"], page["provenance"] = helpers.pick_device(page["DEVICE"]), data.provenance
     page["writer"] = unittest.mock.Mock()  # its figures are of no use here
-    page |= {"world": helpers.join_world(), "layout": torch.channels_last, "summary": {}}
+    page |= {"world": helpers.join_world(), "layout": torch.channels_last, "summary": {}, "classes": data.classes}
     stored = json.loads(store.read_text(encoding="utf-8")) if arguments.names and store.exists() else {}
     for name in names:
         exec(cells[name], page)

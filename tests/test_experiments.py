@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import experiments
 import helpers
 import notebooks
 
@@ -124,3 +125,26 @@ def test_the_store_has_the_page_s_experiments(name):
         assert entry["source"] in ("official", "image-folder")
         assert {len(values) for values in entry["variants"].values()} in ({3}, {5})
         assert all(0 <= value <= 1 for values in entry["variants"].values() for value in values)
+
+
+def test_the_axis_is_stretched_where_a_variant_fails(run, monkeypatch):
+    """Else differences of tenths could not be seen beside a variant at 10 %."""
+    axes = []
+    monkeypatch.setattr(helpers, "show", lambda canvas, provenance: axes.extend(canvas.axes))
+    for fails in (0.0, 0.7):  # each training adds a sixteenth for each seed
+        canvas = helpers.show_experiment(run({"works": dict(to=0.84), "another": dict(to=fails)}, name="new"))
+        assert ("stretched" in canvas.get_supxlabel()) == (fails == 0.0)
+    assert [axis.get_xscale() for axis in axes] == ["function", "linear"]
+    places = axes[0].transData.transform([(a, 0) for a in (10, 50, 90, 98, 100)])[:, 0]
+    assert (places[1:] > places[:-1] + 20).all(), "the axis should keep the order, and show both ends"
+
+
+@pytest.mark.parametrize("lab", ["mnist", "cifar"])
+def test_the_script_trains_a_page_s_cells_and_stores_them(lab, tmp_path, monkeypatch):
+    name, store = {"mnist": "connected", "cifar": "schedule"}[lab], tmp_path / "store.json"
+    monkeypatch.setattr("sys.argv", ["experiments.py", lab, "--seeds", "1", "--names", name, "--store", str(store)])
+    experiments.main()
+    stored = json.loads(store.read_text(encoding="utf-8"))
+    assert list(stored) == [name]
+    assert stored[name]["source"] == "stand-in"
+    assert [len(values) for values in stored[name]["variants"].values()] == [1, 1]
