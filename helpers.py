@@ -253,10 +253,11 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
+    model = f"{platform.processor() or platform.machine()} CPU"
     with contextlib.suppress(OSError, IndexError):
         model = Path("/proc/cpuinfo").read_text().split("model name")[1].splitlines()[0].strip(" :\t")
-        return f"{model}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}"
 
 
 def pick_precision(device: torch.device, name: str = "auto") -> str:
@@ -1945,11 +1946,11 @@ def show(canvas, provenance: Provenance) -> None:
         display(Image(data=small.getvalue(), format="png"), metadata={})
 
 
-def show_images(images: torch.Tensor, titles: list[str], provenance: Provenance, columns: int = 10) -> None:
-    """Show uint8 images [N, C, H, W] in a grid, each under its title."""
+def show_images(images: torch.Tensor, titles: list[str], provenance: Provenance, columns: int = 10, width=0.95) -> None:
+    """Show uint8 images [N, C, H, W] in a grid, each under its title; a column is `width` inches wide."""
     rows = max(1, math.ceil(len(images) / columns))  # no image is an empty figure
     lines = 1 + max((title.count("\n") for title in titles), default=0)
-    canvas, axes = figure(rows, columns, size=(columns * 0.95, rows * (1 + 0.17 * lines)), squeeze=False)
+    canvas, axes = figure(rows, columns, size=(columns * width, rows * (width + 0.05 + 0.17 * lines)), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images.cpu(), titles, strict=False):
@@ -2266,7 +2267,7 @@ def show_experiment(results: Results, xlabel: str = ""):
         scale, ticks = (axis.set_yscale, axis.set_yticks) if numeric else (axis.set_xscale, axis.set_xticks)
         scale("function", functions=(lambda a: -np.log10(100.5 - np.minimum(a, 100)), lambda b: 100.5 - 10.0**-b))
         ticks([10, 50, 80, 90, 95, 98, 99, 100])
-    axis.margins(x=0.08, y=0.15)
+    axis.margins(x=0.08 if numeric else 0.12, y=0.15)  # room for the numbers at both ends
     axis.grid(alpha=0.3)
     canvas.supxlabel(words, fontsize=8, x=0.01, ha="left")
     stored = [results.stored.get(key) for key in ("dataset", "source", "verified")]
