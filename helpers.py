@@ -1949,13 +1949,16 @@ def show(canvas, provenance: Provenance) -> None:
 def show_images(images: torch.Tensor, titles: list[str], provenance: Provenance, columns: int = 10, width=0.95) -> None:
     """Show uint8 images [N, C, H, W] in a grid, each under its title; a column is `width` inches wide."""
     rows = max(1, math.ceil(len(images) / columns))  # no image is an empty figure
-    lines = 1 + max((title.count("\n") for title in titles), default=0)
-    canvas, axes = figure(rows, columns, size=(columns * width, rows * (width + 0.05 + 0.17 * lines)), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, title in zip(axes.flat, images.cpu(), titles, strict=False):
-        axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(printable(title), fontsize=9)
+    above = 0.08 + 0.17 / width * (1 + max((title.count("\n") for title in titles), default=0))  # for the titles
+    banner = 0.3 * (provenance.source == "stand-in")
+    canvas, axis = figure(size=(columns * width, rows * width * (0.94 + above) + banner))
+    for number, (image, title) in enumerate(zip(images.cpu(), titles, strict=False)):  # in one axis: many take seconds
+        top, left = number // columns * (0.94 + above) + above, number % columns
+        pixels, extent = image.permute(1, 2, 0).squeeze(-1).numpy(), (left + 0.03, left + 0.97, top + 0.94, top)
+        axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
+        axis.text(left + 0.5, top - 0.05, printable(title), ha="center", va="bottom", fontsize=9)
+    axis.set(xlim=(0, columns), ylim=(rows * (0.94 + above), 0), aspect="equal")
+    axis.axis("off")
     show(canvas, provenance)
 
 

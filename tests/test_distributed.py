@@ -98,7 +98,7 @@ START = f"import sys, time; sys.path.insert(0, {str(helpers.HERE)!r}); import he
 
 def test_launch_runs_the_notebook_once_and_leaves_nothing(tmp_path, capsys):
     before = children()
-    helpers.launch("MNIST.ipynb", 2, 150, RUNS=tmp_path, EPOCHS=2, BATCH_SIZE=100)
+    helpers.launch("MNIST.ipynb", 2, 150, RUNS=tmp_path, EPOCHS=2, BATCH_SIZE=100, EXPERIMENTS="", EMBEDDINGS=0)
     printed = capsys.readouterr().out
     assert printed.count("epoch  2  train loss") == 1
     [run] = (tmp_path / "mnist").iterdir()
@@ -232,7 +232,7 @@ def test_alone_everything_is_the_identity():
 
 
 def test_killed_rank_restarts_from_the_checkpoint_and_each_epoch_is_logged_once(tmp_path):
-    settings = {"LAB_RUNS": tmp_path, "LAB_EPOCHS": 12, "LAB_BATCH_SIZE": 20}
+    settings = {"LAB_RUNS": tmp_path, "LAB_EPOCHS": 8, "LAB_BATCH_SIZE": 20, "LAB_EXPERIMENTS": "", "LAB_EMBEDDINGS": 0}
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "IPython"]
     job = subprocess.Popen(
         [*command, "--colors=NoColor", str(notebooks.ROOT / "MNIST.ipynb")],
@@ -252,5 +252,5 @@ def test_killed_rank_restarts_from_the_checkpoint_and_each_epoch_is_logged_once(
     assert "resuming" in output
     [events] = run.glob("events*")
     points = EventAccumulator(str(events)).Reload().Scalars("loss/train")
-    assert [point.step for point in points] == list(range(1, 13))
-    assert json.loads((run / "metrics.json").read_text())["epochs"] == 12
+    assert [point.step for point in points] == list(range(1, 9))
+    assert json.loads((run / "metrics.json").read_text())["epochs"] == 8
