@@ -533,6 +533,13 @@ class EventWriter:
         """All failures in one line, None if there was none."""
         return "; ".join(self.failures.values()) or None
 
+    def add_figure(self, tag: str, canvas, epoch: int) -> None:
+        """Log a figure; one that `show` has drawn for the page is not drawn again, which takes longer than an epoch's
+        other logging."""
+        if self.writer is not None:
+            drawn = getattr(canvas, "picture", None) or picture(canvas)
+            self.add_image(tag, np.array(drawn.convert("RGB")), epoch, dataformats="HWC")
+
     def __getattr__(self, name):  # a method of SummaryWriter or, `add_event` and `add_summary`, of its file's writer
         def call(*arguments, **options):
             if self.writer is not None:
@@ -1934,16 +1941,23 @@ def show(canvas, provenance: Provenance) -> None:
         canvas.suptitle(f"STAND-IN DATA, NOT {provenance.name}", color=COLORS[1], weight="bold", fontsize=12)
     _in_our_fonts(canvas)
     if in_notebook():
-        import PIL.Image
         from IPython.display import Image, display
 
-        buffer, small = io.BytesIO(), io.BytesIO()
-        canvas.savefig(buffer, format="png", facecolor="white")
-        picture = PIL.Image.open(buffer).convert("RGB")
-        if picture.getcolors(maxcolors=4096):  # a drawing: a palette makes half the size of it, and no bands in photos
-            picture = picture.quantize(256, dither=PIL.Image.Dither.NONE)
-        picture.save(small, format="png", optimize=True)
-        display(Image(data=small.getvalue(), format="png"), metadata={})
+        canvas.picture, buffer = picture(canvas), io.BytesIO()
+        canvas.picture.save(buffer, format="png", optimize=True)
+        display(Image(data=buffer.getvalue(), format="png"), metadata={})
+
+
+def picture(canvas):
+    """Draw the figure; return it as PIL's image."""
+    import PIL.Image
+
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", facecolor="white")
+    drawn = PIL.Image.open(buffer).convert("RGB")
+    if drawn.getcolors(maxcolors=4096):  # a drawing: a palette makes half the size of it, and no bands in photos
+        return drawn.quantize(256, dither=PIL.Image.Dither.NONE)
+    return drawn
 
 
 def show_images(images: torch.Tensor, titles: list[str], provenance: Provenance, columns: int = 10, width=0.95) -> None:

@@ -33,7 +33,6 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import helpers
@@ -431,21 +430,26 @@ def logging(arguments) -> None:
         epoch = len(loader) / statistics.median(rates[False][1:])
         test = helpers.stand_in(dataset, False, shape, 10_000)
         logits = torch.randn(len(test), len(test.classes))
+        matrix = helpers.confusion_matrix(logits, test.labels)
+        figures = [
+            show(matrix, test.classes, test.provenance) for show in (helpers.show_confusion, helpers.show_classes)
+        ]
+        for canvas in figures:
+            canvas.picture = helpers.picture(canvas)  # the page shows them in any case
         with tempfile.TemporaryDirectory() as folder:
-            writer = SummaryWriter(folder)
+            writer = helpers.EventWriter(Path(folder))
             begin = time.perf_counter()
-            for number in range(3):
+            for number in range(page["EPOCHS"]):
                 for scalar in range(len(loader) // 10 + 10):
                     writer.add_scalar(f"scalar/{scalar % 10}", 0.5, number)
                 helpers.log_histograms(writer, model, number)
                 helpers.log_pictures(writer, model, images[:1], number)
                 writer.flush()
-            each = (time.perf_counter() - begin) / 3
+            each = (time.perf_counter() - begin) / page["EPOCHS"]
             begin = time.perf_counter()
             helpers.log_graph(writer, model, images[:1])
-            matrix = helpers.confusion_matrix(logits, test.labels)
-            writer.add_figure("a", helpers.show_confusion(matrix, test.classes, test.provenance))
-            writer.add_figure("b", helpers.show_classes(matrix, test.classes, test.provenance))
+            for number, canvas in enumerate(figures):
+                writer.add_figure(f"figures/{number}", canvas, 0)
             for k in range(len(test.classes)):
                 writer.add_pr_curve(f"pr/{k}", test.labels == k, logits.softmax(dim=1)[:, k])
             some = test.subset(torch.arange(page["EMBEDDINGS"]))
