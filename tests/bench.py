@@ -150,27 +150,32 @@ def train_classic(train, test, mean, std, seed, target, epochs):
     return seconds, accuracy
 
 
-# Of ten settings for two or three passes, three seeds each on 10,000 held-out training images, the one that takes least
-# time: 98.75 ± 0.06 % after two passes. Batches of 64 at rate 0.05 reach 98.90 ± 0.08 % and take longer; they were
-# raced first, and given up when the test set showed a margin.
-SPRINT = dict(EPOCHS=2, BATCH_SIZE=125, LEARNING_RATE=0.1)
+# Chosen on 10,000 held-out training images, three to five seeds each, among 28 settings for two or three passes:
+# 98.94 ± 0.03 % after two. Where two passes miss the target, training begins anew with more, and all seconds count.
+SPRINT = dict(BATCH_SIZE=125, LEARNING_RATE=0.1)
+SMOOTHING, TRIES = 0.05, (2, 4, 6)
 
 
-def train_page(train, test, mean, std, seed):
-    """Seconds of training LeNet-5 with the page's recipe and the settings of SPRINT, and its test accuracy."""
-    page, layout = notebooks.page("MNIST.ipynb", **SPRINT), torch.channels_last
-    torch.manual_seed(seed)
+def train_page(train, test, mean, std, seed, target):
+    """Seconds of training LeNet-5 with the page's recipe and the settings above until the test accuracy is `target`,
+    and that accuracy."""
+    page, layout, seconds = notebooks.page("MNIST.ipynb", **SPRINT), torch.channels_last, 0.0
     options = dict(batch_size=page["BATCH_SIZE"], device=CPU, mean=mean, std=std, seed=seed, memory_format=layout)
-    loader = helpers.ResidentLoader(train, **options, shuffle=True, translate=page["TRANSLATE"])
-    model = page["LeNet5"]().to(memory_format=layout)
-    optimizer, scheduler = page["make_optimizer"](model, page["EPOCHS"] * len(loader))
-    begin = time.perf_counter()
-    for _ in range(page["EPOCHS"]):
-        losses, _, _ = page["train_one_epoch"](model, loader, nn.CrossEntropyLoss(), optimizer, scheduler)
-        losses.tolist()
-    seconds = time.perf_counter() - begin
-    _, accuracy = helpers.evaluate(model, helpers.ResidentLoader(test, **options))
-    print(f"  LeNet-5, seed {seed}: {accuracy:.2%} after {seconds:.1f} s", flush=True)
+    criterion = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
+    for epochs in TRIES:
+        torch.manual_seed(seed)
+        loader = helpers.ResidentLoader(train, **options, shuffle=True, translate=page["TRANSLATE"])
+        model = page["LeNet5"]().to(memory_format=layout)
+        optimizer, scheduler = page["make_optimizer"](model, epochs * len(loader))
+        begin = time.perf_counter()
+        for _ in range(epochs):
+            losses, _, _ = page["train_one_epoch"](model, loader, criterion, optimizer, scheduler)
+            losses.tolist()
+        seconds += time.perf_counter() - begin
+        _, accuracy = helpers.evaluate(model, helpers.ResidentLoader(test, **options))
+        print(f"  LeNet-5, seed {seed}, {epochs} epochs: {accuracy:.2%} after {seconds:.1f} s", flush=True)
+        if accuracy >= target:
+            break
     return seconds, accuracy
 
 
@@ -183,7 +188,7 @@ def mnist(arguments) -> None:
     for seed in range(arguments.seeds):
         results = (
             train_classic(train, test, mean, std, seed, 0.99, arguments.epochs or 14),
-            train_page(train, test, mean, std, seed),
+            train_page(train, test, mean, std, seed, 0.99),
         )
         for row, result in zip(rows.values(), results, strict=True):
             row.append(result)
