@@ -2003,6 +2003,8 @@ def curves(history: list[dict], ends: list[float] | None = None, utilization: Ut
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("")
+        if quantity == "accuracy" and drawn and max(drawn) > 97:
+            _stretch(axis, "y")
         _label_ends(axis, times, lines)
         axis.set_ylabel("accuracy (%)" if quantity == "accuracy" else "loss (nats)")
         axis.grid(alpha=0.3)
@@ -2015,6 +2017,13 @@ def curves(history: list[dict], ends: list[float] | None = None, utilization: Ut
         utilization.draw(axes[-1])
     axes[-1].set_xlabel("epoch" if ends is None else "time spent training (s)")
     return canvas
+
+
+def _stretch(axis, which: str) -> None:
+    """Stretch the "x" or "y" axis, in per cent, towards 100, where networks that work differ from one another."""
+    functions = (lambda a: -np.log10(100.5 - np.minimum(a, 100)), lambda b: 100.5 - 10.0**-b)
+    getattr(axis, f"set_{which}scale")("function", functions=functions)
+    getattr(axis, f"set_{which}ticks")([10, 50, 80, 90, 95, 98, 99, 100])
 
 
 def _label_ends(axis, times, lines) -> None:
@@ -2281,9 +2290,7 @@ def show_experiment(results: Results, xlabel: str = ""):
         axis.set(xlabel=label, ylabel=xlabel, ylim=(len(results) - 0.5, -0.8))
         axis.set_yticks(places, [printable(str(variant)) for variant in results])
     if stretched:
-        scale, ticks = (axis.set_yscale, axis.set_yticks) if numeric else (axis.set_xscale, axis.set_xticks)
-        scale("function", functions=(lambda a: -np.log10(100.5 - np.minimum(a, 100)), lambda b: 100.5 - 10.0**-b))
-        ticks([10, 50, 80, 90, 95, 98, 99, 100])
+        _stretch(axis, "y" if numeric else "x")
     axis.margins(x=0.08 if numeric else 0.12, y=0.15)  # room for the numbers at both ends
     axis.grid(alpha=0.3)
     canvas.supxlabel(words, fontsize=8, x=0.01, ha="left")
