@@ -3,6 +3,8 @@
 import ast
 import contextlib
 import io
+import itertools
+import linecache
 import math
 import re
 from pathlib import Path
@@ -11,6 +13,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("MNIST.ipynb", "CIFAR.ipynb")
+numbers = itertools.count(1)
 
 
 def read(name: str):
@@ -32,13 +35,21 @@ def definitions(name: str) -> dict:
     return namespace
 
 
+def execute(source: str, namespace: dict) -> None:
+    """Execute a cell as IPython does, so that its source can be found by the name of its file."""
+    file = f"<cell {next(numbers)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), namespace)
+
+
 def settings(name: str) -> dict:
-    """Execute the settings cell of a notebook; return its settings, the environment's overrides included."""
-    [cell] = [cell for cell in code_cells(name) if "override_settings(globals())" in cell.source]
+    """Execute the settings cells of a notebook; return its settings, with the environment's overrides."""
     namespace = definitions(name)
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(cell.source, namespace)
-    return namespace["SETTINGS"]
+        for cell in code_cells(name):
+            if "helpers.settings(globals()" in cell.source:
+                execute(cell.source, namespace)
+    return {setting: namespace[setting] for setting in namespace["SETTINGS"]}
 
 
 def page(name: str, **replaced) -> dict:

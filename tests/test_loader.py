@@ -1,211 +1,197 @@
+import itertools
+
 import pytest
 import torch
 
 import helpers
-import notebooks
+import toy
 
 CPU = torch.device("cpu")
 
 
-def make(count=103, shape=(3, 8, 8), **options):
-    """A loader of `count` images, each constant in its own value, so that an image says which it is."""
-    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, *shape).contiguous()
+def make(count=103, shape=(3, 8, 10), batch_size=12, **options):
+    """A loader of `count` different random images, labelled by their numbers; neither scaled nor shifted."""
+    images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = helpers.Split(images, torch.arange(count), ("a", "b"), helpers.Provenance("test", "stand-in", False))
-    options = {"batch_size": 10, "device": CPU, "mean": torch.zeros(shape[0]), "std": torch.ones(shape[0])} | options
-    return helpers.ResidentLoader(split, **options)
+    options = dict(mean=torch.zeros(shape[0]), std=torch.full(shape[:1], 1 / 255)) | options
+    return helpers.Loader(split, batch_size, CPU, **options)
 
 
-def test_every_image_once_with_its_label():
-    loader = make(shuffle=True, flip=True, translate=2)
+def whole(batches):
+    """The images of a pass in the order of their labels, and the labels in the order of the pass."""
+    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    return images[labels.argsort()], labels
+
+
+def equal(pass_, other):
+    return all(torch.equal(a, b) for a, b in zip(itertools.chain(*pass_), itertools.chain(*other), strict=True))
+
+
+def change(images, chances, epoch):
+    """An augmentation that shows all that it gets."""
+    return images.float() + (chances * torch.tensor([1, 2, 4, 8, 16])).sum(dim=1).view(-1, 1, 1, 1) + 100 * epoch
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_image_once_with_its_label(shuffle):
+    loader = make(shuffle=shuffle)
     batches = list(loader)
-    assert len(batches) == len(loader) == 11
-    labels = torch.cat([labels for _, labels in batches])
-    assert sorted(labels.tolist()) == list(range(103))
-    assert labels.tolist() != list(range(103))
-    values = torch.cat([images[:, 0, 4, 4] for images, _ in batches]) * 255
-    assert torch.equal(values.round().long(), labels)  # constant images: augmentation cannot change them
-
-
-def test_unshuffled_order():
-    assert torch.cat([labels for _, labels in make()]).tolist() == list(range(103))
-
-
-def test_same_seed_same_batches_and_new_ones_each_epoch():
-    first, again, other = (make(shuffle=True, flip=True, translate=2, seed=s) for s in (1, 1, 2))
-    epochs = [torch.cat([labels for _, labels in loader]) for loader in (first, first, again, other)]
-    assert torch.equal(epochs[0], epochs[2])
-    assert not torch.equal(epochs[0], epochs[1])
-    assert not torch.equal(epochs[0], epochs[3])
-    again.epoch = 1  # as a resumed run does
-    assert torch.equal(torch.cat([labels for _, labels in again]), epochs[1])
-
-
-def test_normalised():
-    mean, std = torch.tensor([0.5, 0.2, 0.1]), torch.tensor([0.25, 0.5, 1.0])
-    images, _ = next(iter(make(mean=mean, std=std)))
-    expected = (torch.arange(10) / 255)[:, None] - mean
-    assert torch.allclose(images[:, :, 0, 0], expected / std, atol=1e-5)
+    assert [len(labels) for _, labels in batches] == [12] * 8 + [7]
+    assert len(loader) == 9
+    assert loader.count == 103
+    images, labels = whole(batches)
     assert images.dtype == torch.float32
+    assert torch.allclose(images, loader.images.float(), atol=1e-3)
+    assert (labels.tolist() == list(range(103))) != shuffle
 
 
-def test_memory_format():
-    images, _ = next(iter(make(memory_format=torch.channels_last)))
-    assert images.is_contiguous(memory_format=torch.channels_last)
+class TestPasses:
+    """A pass depends on the seed and its number alone."""
+
+    def test_the_same_number_gives_the_same_batches(self):
+        loader = make(shuffle=True, augment=change, seed=3)
+        first = list(loader.epoch(4))
+        next(loader.epoch(7))  # a pass that somebody left
+        torch.manual_seed(5)
+        assert equal(loader.epoch(4), first)
+        assert equal(make(shuffle=True, augment=change, seed=3).epoch(4), first)
+        together = zip(loader.epoch(4), loader.epoch(5), strict=True)
+        assert equal([one for one, _ in together], first)
+
+    def test_iterating_is_pass_0(self):
+        loader = make(shuffle=True, augment=change)
+        assert equal(loader, loader.epoch(0))
+        assert equal(loader, loader)
+
+    def test_other_numbers_and_other_seeds_give_other_orders(self):
+        orders = [whole(make(shuffle=True, seed=seed).epoch(n))[1].tolist() for seed in (1, 2) for n in range(5)]
+        assert len(set(map(tuple, orders))) == 10
+
+    def test_the_random_numbers_of_others_are_left_alone(self):
+        before = torch.get_rng_state()
+        list(make(shuffle=True, augment=change))
+        assert torch.equal(torch.get_rng_state(), before)
 
 
-def picture_loader(**options):
-    picture = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).repeat(400, 1, 1, 1)
-    split = helpers.Split(
-        picture, torch.zeros(400, dtype=torch.int64), ("a",), helpers.Provenance("t", "stand-in", False)
-    )
-    return picture[0].float(), helpers.ResidentLoader(split, 400, CPU, torch.zeros(1), torch.ones(1), **options)
+class TestAugment:
+    def calls(self, loader, *epochs):
+        """What `augment` was called with in these epochs: {image: its chances} of each."""
+        found, seen = [], []
+
+        def note(images, chances, epoch):
+            assert images.dtype == torch.uint8
+            assert chances.dtype == torch.float32
+            assert chances.shape == (len(images), 5)
+            seen.append((chances, epoch))
+            return images
+
+        loader.augment = note
+        for number in epochs:
+            seen.clear()
+            _, labels = whole(loader.epoch(number))
+            assert {epoch for _, epoch in seen} == {number}
+            found.append(torch.cat([chances for chances, _ in seen])[labels.argsort()])
+        return found
+
+    def test_four_numbers_are_new_in_each_epoch_and_one_stays_with_the_image(self):
+        one, two = self.calls(make(count=1000, batch_size=100, shuffle=True, seed=3), 1, 2)
+        assert torch.equal(one[:, 4], two[:, 4])
+        assert (one[:, :4] != two[:, :4]).float().mean() > 0.99
+        for numbers in (*one.T, *two.T):
+            assert numbers.unique().numel() > 990, "each image has its own"
+            assert 0 <= numbers.min() < 0.02
+            assert 0.98 < numbers.max() < 1
+        [other] = self.calls(make(count=1000, batch_size=100, shuffle=True, seed=4), 1)
+        assert (one != other).float().mean() > 0.99
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+    def test_what_it_returns_is_normalised(self, dtype):
+        loader = make(mean=torch.tensor([0.5, 0.2, 0.1]), std=torch.tensor([0.25, 0.5, 1.0]))
+        plain, _ = next(iter(loader))
+        loader.augment = lambda images, chances, epoch: images.to(dtype)
+        images, _ = next(iter(loader))
+        assert images.dtype == torch.float32
+        assert torch.allclose(images, plain, atol=1e-6)
+
+    def test_it_may_write_into_its_images(self):
+        loader = make(augment=lambda images, chances, epoch: images.zero_())
+        before = loader.images.clone()
+        assert sum(images.abs().sum() for images, _ in loader) == 0
+        assert torch.equal(loader.images, before)
 
 
-def test_flip_mirrors_about_half_each_on_its_own():
-    picture, loader = picture_loader(flip=True)
-    images = (next(iter(loader))[0] * 255).round()
-    straight = torch.tensor([torch.equal(image, picture) for image in images])
-    mirrored = torch.tensor([torch.equal(image, picture.flip(-1)) for image in images])
-    assert (straight ^ mirrored).all()
-    assert 120 < mirrored.sum() < 280
+def test_normalised_by_channel():
+    mean, std = torch.tensor([0.5, 0.2, 0.1]), torch.tensor([0.25, 0.5, 1.0])
+    loader = make(mean=mean, std=std)
+    images, _ = next(iter(loader))
+    expected = (loader.images[:12].double() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    assert torch.allclose(images.double(), expected, atol=1e-5)
 
 
-def test_translate_is_a_crop_of_the_reflected_image():
-    picture, loader = picture_loader(translate=1)
-    images = (next(iter(loader))[0] * 255).round()
-    padded = torch.nn.functional.pad(picture.unsqueeze(0), (1,) * 4, "reflect")[0]
-    crops = {tuple(padded[:, y : y + 8, x : x + 8].flatten().tolist()) for y in range(3) for x in range(3)}
-    assert {tuple(image.flatten().tolist()) for image in images} == crops
+@pytest.mark.parametrize("augment", [None, change])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layout(layout, augment):
+    images, _ = next(iter(make(layout=layout, augment=augment)))
+    assert images.is_contiguous(memory_format=layout)
 
 
-def make_noise(count=103, **options):
-    """A loader of `count` different random images, labelled by their number."""
-    random = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 3, 8, 10), dtype=torch.uint8, generator=random)
-    split = helpers.Split(images, torch.arange(count), ("a",), helpers.Provenance("test", "stand-in", False))
-    options = {"batch_size": 10, "device": CPU, "mean": torch.zeros(3), "std": torch.ones(3)} | options
-    return images, helpers.ResidentLoader(split, **options)
+def test_the_images_are_not_copied_on_the_same_device():
+    big = helpers.Split(torch.zeros((600, 3, 32, 32), dtype=torch.uint8), torch.zeros(600).long(), ("a",), None)
+    loader = helpers.Loader(big, 100, CPU, torch.zeros(3), torch.ones(3), shuffle=True)
+    tensors = [value for value in vars(loader).values() if torch.is_tensor(value)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert loader.images.data_ptr() == big.images.data_ptr()
+    assert sum(storages.values()) < 1.1 * big.images.nbytes
 
 
-def by_label(images, labels):
-    order = labels.argsort()
-    return images[order], labels[order]
+def test_an_empty_split_has_no_batches():
+    assert list(make(count=0)) == []
+    assert len(make(count=0)) == 0
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("translate", [0, 1, 2, 3])
-def test_each_image_is_its_own_crop_flipped_or_not(translate, memory_format):
-    originals, loader = make_noise(shuffle=True, flip=True, translate=translate, memory_format=memory_format)
-    padded = torch.nn.functional.pad(originals.float(), (translate,) * 4, "reflect")
-    seen = set()
-    for images, labels in loader:
-        for image, label in zip((images * 255).round(), labels.tolist(), strict=True):
-            places = [(y, x) for y in range(2 * translate + 1) for x in range(2 * translate + 1)]
-            crops = {(y, x): padded[label, :, y : y + 8, x : x + 10] for y, x in places}
-            found = [
-                (place, f) for place, c in crops.items() for f in (0, 1) if torch.equal(c.flip(-1) if f else c, image)
-            ]
-            assert len(found) == 1, label
-            seen.add(found[0])
-    assert len(seen) > translate * 5, "offsets and flips should differ from image to image"
+@pytest.mark.parametrize(("batch_size", "shuffle"), [(0, False), (-1, True), (104, True)])
+def test_an_absurd_batch_size_is_refused_by_name(batch_size, shuffle):
+    with pytest.raises(helpers.LabError, match=f"LAB_BATCH_SIZE={batch_size}"):
+        make(batch_size=batch_size, shuffle=shuffle)
 
 
-def test_alternate_shows_the_other_side_every_second_epoch():
-    originals, loader = make_noise(flip=True, alternate=True)
-    epochs = [by_label(torch.cat(x), torch.cat(y)) for x, y in (zip(*loader, strict=True) for _ in range(3))]
-    assert torch.equal(epochs[0][0], epochs[1][0].flip(-1))
-    assert torch.equal(epochs[0][0], epochs[2][0])
-    mirrored = ((epochs[0][0] * 255).round() != originals).flatten(start_dim=1).any(dim=1)
-    assert 25 < mirrored.sum() < 78
+def test_a_test_set_may_be_smaller_than_a_batch():
+    assert [len(labels) for _, labels in make(batch_size=1000)] == [103]
 
 
-def test_cutout_sets_one_square_to_the_mean():
-    _, loader = make_noise(shuffle=True, cutout=4, mean=torch.full((3,), 0.5))
-    _, whole = make_noise(shuffle=True, mean=torch.full((3,), 0.5))
-    areas = set()
-    for (images, labels), (originals, same) in zip(loader, whole, strict=True):
-        assert torch.equal(labels, same)
-        assert torch.equal(torch.where(images == 0, 0, originals), images)
-        for hole in (images == 0).all(dim=1):
-            rows, columns = hole.any(dim=1).sum().item(), hole.any(dim=0).sum().item()
-            assert hole.sum() == rows * columns > 0
-            areas.add((rows, columns))
-    assert max(rows for rows, _ in areas) == max(columns for _, columns in areas) == 4
-    assert len(areas) > 3, "holes at the border are cut off"
+def passes():
+    """In a process of its own: what this rank gets of a training pass and of a test pass, and how many all get."""
+    world = helpers.join_world(60)
+    try:
+        make(batch_size=12 * world.size - 1)
+        refusal = ""
+    except helpers.LabError as error:
+        refusal = str(error)
+    train, test = make(shuffle=True, augment=change, seed=3), make()
+    parts = [[(images.numpy(), labels.numpy()) for images, labels in batches] for batches in (train.epoch(2), test)]
+    return *parts, train.count, test.count, refusal
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_split_each_global_batch(world_size):
-    options = dict(shuffle=True, flip=True, translate=1, cutout=3, seed=3, batch_size=12)
-    alone = list(make_noise(**options)[1])
-    ranks = [list(make_noise(**options, rank=rank, world_size=world_size)[1]) for rank in range(world_size)]
-    for step, (images, labels) in enumerate(alone):
-        parts = [ranks[rank][step] for rank in range(world_size)]
-        together = by_label(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-        assert len({len(part[1]) for part in parts}) == 1, "the mean over ranks needs equal shares"
-        if step < len(alone) - 1:
-            assert all(map(torch.equal, together, by_label(images, labels)))
-        else:  # what the ranks cannot share equally is left out
-            assert len(labels) - world_size < len(together[1]) <= len(labels)
-            assert set(together[1].tolist()) <= set(labels.tolist())
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_distort_each_image_as_one_process_does(world_size):
-    distorted = notebooks.page("MNIST.ipynb", layout=torch.contiguous_format)["distorted"]
-    options = dict(shuffle=True, translate=1, seed=3, batch_size=12, count=96)
-    plain, alone = make_noise(**options)[1], make_noise(**options)[1]
-    ranks = [make_noise(**options, rank=rank, world_size=world_size)[1] for rank in range(world_size)]
-    batches = zip(plain, distorted(alone, 10), *(distorted(loader, 10) for loader in ranks), strict=True)
-    for before, after, *parts in batches:
-        images, labels = by_label(*after)
-        assert not torch.allclose(by_label(*before)[0], images, atol=0.1)
-        together = by_label(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-        assert torch.equal(together[1], labels)
-        assert torch.allclose(together[0], images, atol=1e-5)
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused_by_name():
-    with pytest.raises(helpers.LabError, match=r"LAB_BATCH_SIZE=12 .* 5 processes"):
-        make_noise(batch_size=12, rank=0, world_size=5)
-
-
-def test_a_batch_larger_than_the_training_set_is_refused_by_name():
-    with pytest.raises(helpers.LabError, match="LAB_BATCH_SIZE=1000"):
-        make_noise(batch_size=1000, shuffle=True)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_every_test_image_is_one_ranks_share(world_size):
-    loaders = [make_noise(batch_size=12, rank=rank, world_size=world_size)[1] for rank in range(world_size)]
-    places = torch.cat([loader.share() for loader in loaders])
-    assert sorted(places.tolist()) == list(range(loaders[0].count))
-    for loader in loaders:
-        assert sum(len(labels) for _, labels in loader) == len(loader.share())
-
-
-def test_memory_is_at_most_twice_the_images():
-    big = helpers.Split(
-        torch.zeros((600, 3, 32, 32), dtype=torch.uint8), torch.zeros(600, dtype=torch.int64), ("a",), None
-    )
-    loader = helpers.ResidentLoader(big, 100, CPU, torch.zeros(3), torch.ones(3), flip=True, translate=4)
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in vars(loader).values()
-        if torch.is_tensor(t)
-    }
-    assert sum(storages.values()) < 2 * big.images.nbytes
-
-
-def test_empty_split():
-    assert list(make(count=0, translate=2)) == []
-
-
-def test_absurd_shift_is_refused_by_name():
-    with pytest.raises(helpers.LabError, match="LAB_TRANSLATE=8"):
-        make(translate=8)
-
-
-def test_absurd_batch_size_is_refused_by_name():
-    with pytest.raises(helpers.LabError, match="LAB_BATCH_SIZE"):
-        make(batch_size=0)
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_each_batch_of_one_process(size, start):
+    processes = [start(passes, variables=place) for place in toy.ranks(size)]
+    results = [process.result() for process in processes]
+    train, test = make(shuffle=True, augment=change, seed=3), make()
+    for number, (alone, shuffle) in enumerate(((list(train.epoch(2)), True), (list(test), False))):
+        ranks = [result[number] for result in results]
+        assert {len(batches) for batches in ranks} == {len(alone)}
+        seen = 0
+        for step, (images, labels) in enumerate(alone):
+            parts = [[torch.from_numpy(array) for array in batches[step]] for batches in ranks]
+            assert not shuffle or len({len(part[1]) for part in parts}) == 1, "the mean over ranks needs equal shares"
+            of_image = dict(zip(labels.tolist(), images, strict=True))
+            got = [(label, image) for part in parts for image, label in zip(part[0], part[1].tolist(), strict=True)]
+            assert len({label for label, _ in got}) == len(got), "no image twice"
+            assert all(torch.equal(image, of_image[label]) for label, image in got)
+            left_out = len(labels) - len(got)
+            assert left_out == (len(labels) % size if shuffle and step == len(alone) - 1 else 0)
+            seen += len(got)
+        assert {result[2 + number] for result in results} == {seen}
+        assert seen > 100
+    for result in results:
+        assert f"{12 * size - 1} cannot be shared by {size} processes" in result[4]

@@ -1,42 +1,140 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 import helpers
+import notebooks
+
+CALL = "SETTINGS = helpers.settings(globals())"
+
+
+class Page:
+    """A notebook with these settings cells; `run` runs one, with the lines that it has by default."""
+
+    FIRST = 'EPOCHS = 6  # passes\nRATE = 0.1\nWIDTHS = (64, 128)\nNAMES = ["a", "b"]\nCOMPILE = False\nNOTE = "x"'
+    LAST = "SEED = 1"
+
+    def __init__(self):
+        self.namespace = {"helpers": helpers}
+
+    def run(self, lines=FIRST, call=CALL):
+        notebooks.execute(f"{lines}\n\n{call}\n", self.namespace)
+        return self.namespace["SETTINGS"]
+
+    def run_last(self, lines=LAST, **options):
+        given = "".join(f", {name}={value!r}" for name, value in options.items())
+        return self.run(lines, f"SETTINGS = helpers.settings(globals(), last=True{given})")
+
+
+@pytest.fixture
+def page(monkeypatch):
+    for name in ("FAST", "OFFLINE", "DATA", "RUNS"):  # those of the tests must be known on any page
+        monkeypatch.setenv(f"LAB_{name}", "1")
+    return Page()
 
 
 @pytest.mark.parametrize(
-    ("text", "default", "expected"),
-    [("3", 1, 3), ("1e-3", 0.1, 0.001), ("off", True, False), ("1", False, True), ("a b", "x", "a b")],
+    ("name", "text", "expected"),
+    [
+        ("EPOCHS", "3", 3),
+        ("RATE", "1e-3", 0.001),
+        ("RATE", "1", 1.0),
+        ("COMPILE", "on", True),
+        ("COMPILE", "0", False),
+        ("NOTE", "a b", "a b"),
+        ("NOTE", "", ""),
+        ("WIDTHS", "(8, 16,32)", (8, 16, 32)),
+        ("WIDTHS", "8", (8,)),
+        ("NAMES", "[c, d]", ("c", "d")),
+    ],
 )
-def test_parse_by_the_type_of_the_default(text, default, expected):
-    value = helpers.parse_setting("NAME", text, default)
-    assert value == expected
-    assert type(value) is type(default)
-
-
-def test_parse_tuples():
-    assert helpers.parse_setting("WIDTHS", "(8, 16,32)", (64, 128)) == (8, 16, 32)
-    assert helpers.parse_setting("RATES", "0.1", (1.0,)) == (0.1,)
+def test_the_environment_replaces_by_the_type_of_the_default(name, text, expected, page, monkeypatch):
+    monkeypatch.setenv(f"LAB_{name}", text)
+    value = page.run().now()[name]
+    assert page.namespace[name] == expected
+    assert type(page.namespace[name]) is type(expected)
+    assert value == (list(expected) if isinstance(expected, tuple) else expected)  # as JSON has it
 
 
 @pytest.mark.parametrize(
-    ("text", "default"), [("ten", 5), ("1.5", 5), ("", 5), ("maybe", True), ("x", 0.1), ("1,b", (1,))]
+    ("name", "text"),
+    [("EPOCHS", "ten"), ("EPOCHS", "1.5"), ("EPOCHS", ""), ("COMPILE", "maybe"), ("RATE", "x"), ("WIDTHS", "1,b")],
 )
-def test_unparsable_value_is_refused_by_name(text, default):
-    with pytest.raises(helpers.LabError, match="LAB_EPOCHS"):
-        helpers.parse_setting("EPOCHS", text, default)
+def test_a_value_that_cannot_be_parsed_is_refused_by_name(name, text, page, monkeypatch):
+    monkeypatch.setenv(f"LAB_{name}", text)
+    with pytest.raises(helpers.LabError, match=f"LAB_{name}=.* is not a valid"):
+        page.run()
 
 
-def test_environment_overrides_settings(monkeypatch):
-    monkeypatch.setenv("LAB_EPOCHS", "7")
-    namespace = {"EPOCHS": 5, "SEED": 1, "lower": 2, "HELPER": object()}
-    assert helpers.override_settings(namespace) == {"EPOCHS": 7, "SEED": 1}
-    assert namespace["EPOCHS"] == 7
+def test_an_override_is_announced_beside_what_the_cell_says(page, monkeypatch, capsys):
+    monkeypatch.setenv("LAB_EPOCHS", "2")
+    monkeypatch.setenv("LAB_RATE", "0.1")  # as in the cell: nothing to say
+    page.run()
+    assert capsys.readouterr().out == "from the environment: EPOCHS=2, the cell says 6\n"
+    page.run()  # again, and not "the cell says 2"
+    assert capsys.readouterr().out == "from the environment: EPOCHS=2, the cell says 6\n"
 
 
-def test_unknown_variable_is_refused_by_name(monkeypatch):
+def test_only_the_names_of_the_settings_cells_count(page):
+    page.namespace |= {"OTHER": 1, "LAST": object()}
+    assert page.run() == dict(EPOCHS=6, RATE=0.1, WIDTHS=[64, 128], NAMES=["a", "b"], COMPILE=False, NOTE="x")
+    notebooks.execute("SECONDS = 2.0\nMODEL = object()", page.namespace)  # another cell of the page
+    assert list(page.run_last("lower = 1\nSEED = 1")) == [*"EPOCHS RATE WIDTHS NAMES COMPILE NOTE SEED".split()]
+    page.run()  # after Run All
+    assert "SECONDS" not in page.namespace["SETTINGS"].now()
+    assert "SEED" in page.namespace["SETTINGS"].now()
+
+
+def test_what_follows_the_call_is_no_setting(page):
+    assert list(page.run("A = 1", f"{CALL}\nB = 2")) == ["A"]
+
+
+def test_now_is_the_value_on_the_page(page):
+    settings = page.run()
+    page.namespace["EPOCHS"] = 20
+    assert settings["EPOCHS"] == 6
+    assert settings.now()["EPOCHS"] == 20
+
+
+def test_those_that_a_resumed_run_may_change_are_kept_from_cell_to_cell(page):
+    page.run("A = 1", 'SETTINGS = helpers.settings(globals(), free="A")')
+    assert page.run_last("B = 1\nC = 2", free="B C").free == {"A", "B", "C"}
+
+
+def test_an_unknown_variable_is_refused_by_name_once_all_settings_are_known(page, monkeypatch):
+    monkeypatch.setenv("LAB_SEED", "7")
     monkeypatch.setenv("LAB_EPOCS", "7")
-    with pytest.raises(helpers.LabError, match=r"LAB_EPOCS.*EPOCHS"):
-        helpers.override_settings({"EPOCHS": 5})
+    page.run()  # it may belong to the second cell
+    with pytest.raises(helpers.LabError, match=r"LAB_EPOCS is no setting .* EPOCHS, .* SEED"):
+        page.run_last()
+    monkeypatch.delenv("LAB_EPOCS")
+    assert page.run_last()["SEED"] == 7
+
+
+@pytest.mark.parametrize(
+    "value", [None, {"a": 1}, {1}, ((1, 2), (3, 4)), Path("x"), torch.device("cpu"), torch.ones(2), int, 1j, b"x"]
+)
+def test_what_is_no_setting_is_refused_by_name(value, page):
+    page.namespace["value"] = value
+    with pytest.raises(helpers.LabError, match=r"ODD = .*: a setting is a number"):
+        page.run("EPOCHS = 6\nODD = value")
+
+
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_each_page_has_a_short_cell_and_a_last_one(name):
+    calls = [cell.source for cell in notebooks.code_cells(name) if "helpers.settings(globals()" in cell.source]
+    assert ["last=True" in source for source in calls] == [False, True]
+    namespace = notebooks.definitions(name)
+    notebooks.execute(calls[0], namespace)
+    assert 3 <= len(namespace["SETTINGS"]) <= 8, "a student reads the first one"
+    first = set(namespace["SETTINGS"])
+    notebooks.execute(calls[1], namespace)
+    assert first | {"SEED"} < set(namespace["SETTINGS"])
+    assert namespace["SETTINGS"].free <= set(namespace["SETTINGS"])
+    assert namespace["SETTINGS"].now() == namespace["SETTINGS"]
 
 
 def test_budget(monkeypatch):
@@ -50,34 +148,17 @@ def test_budget(monkeypatch):
     assert helpers.budget(smoke=1, cpu=2, full=3) == 2
 
 
-def test_relative_folders_start_at_the_module(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LAB_DATA", "somewhere")
-    assert helpers.folder("DATA", "data") == helpers.HERE / "somewhere"
-    monkeypatch.delenv("LAB_DATA")
-    assert helpers.folder("DATA", "data") == helpers.HERE / "data"
+def test_flag(monkeypatch):
+    assert helpers.flag("FAST") is True
+    assert helpers.flag("NOTHING_OF_THE_KIND") is False
+    monkeypatch.setenv("LAB_FAST", "perhaps")
+    with pytest.raises(helpers.LabError, match="LAB_FAST='perhaps'"):
+        helpers.flag("FAST")
 
 
-def test_replacing_leaves_nothing_behind_on_failure(tmp_path):
-    target = tmp_path / "file"
-    target.write_text("old")
-
-    def write_half():
-        with helpers.replacing(target) as temporary:
-            temporary.write_text("ha")
-            raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space"):
-        write_half()
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_import_reads_nothing_and_prints_nothing():
-    import subprocess
-    import sys
-
-    code = "import sys, helpers; print([m for m in ('torchvision', 'matplotlib', 'requests') if m in sys.modules])"
+def test_import_loads_no_large_library_and_prints_nothing():
+    large = "torchvision matplotlib IPython tensorboard pycurl psutil PIL".split()
+    code = f"import sys, helpers; print([name for name in {large} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=helpers.HERE, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
     assert result.stderr == ""
