@@ -1,4 +1,4 @@
-"""What a reader on GitHub and a machine may expect of the two files, without running them."""
+"""What a reader on GitHub and a machine may expect of notebooks, helper and documents, without running them."""
 
 import ast
 import itertools
@@ -9,6 +9,8 @@ import sys
 import pytest
 
 import notebooks
+
+ROOT = notebooks.ROOT
 
 SECTIONS = [
     "1 Environment 环境配置",
@@ -64,13 +66,25 @@ class TestFile:
 
     def test_links_to_sections_exist(self, name):
         text = "\n".join(cell.source for cell in notebooks.read(name).cells if cell.cell_type == "markdown")
-        headings = {h.replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)}
-        assert set(re.findall(r"\]\(#(.+?)\)", text)) <= headings
+        anchors = {h.replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)}
+        anchors |= set(re.findall(r'<a id="(.+?)"></a>', text))
+        assert set(re.findall(r"\]\(#(.+?)\)", text)) <= anchors
 
-    def test_cells_are_plain_python_and_short(self, name):
+    def test_cells_are_plain_python_short_and_narrow(self, name):
         for cell in notebooks.code_cells(name):
             ast.parse(cell.source)  # fails on magics and shell lines
             assert len(cell.source.splitlines()) <= 40, cell.source[:80]
+            assert max(map(len, cell.source.splitlines())) <= 90, cell.source  # wider ones scroll sideways
+
+    def test_few_settings_come_first(self, name):
+        first, *others = [cell for cell in notebooks.code_cells(name) if "helpers.settings(globals()" in cell.source]
+        names = [t.id for node in ast.parse(first.source).body for t in getattr(node, "targets", [])]
+        assert len(set(names) - {"SETTINGS"}) <= 8
+        assert "last=True" in others[-1].source
+
+    def test_the_epoch_loop_is_short(self, name):
+        [loop] = [cell.source for cell in notebooks.code_cells(name) if "in run.epochs(" in cell.source]
+        assert len(loop.splitlines()) <= 16
 
     def test_prose_before_every_code_cell(self, name):
         cells = notebooks.read(name).cells
@@ -90,9 +104,66 @@ class TestFile:
             assert forbidden not in source
 
 
+class TestHelper:
+    TREE = ast.parse((ROOT / "helpers.py").read_text(encoding="utf-8"))
+    PUBLIC = {  # noqa: RUF012
+        node.name: node
+        for node in TREE.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    }
+
+    def test_length(self):
+        assert len((ROOT / "helpers.py").read_text(encoding="utf-8").splitlines()) <= 1_300
+
+    def test_every_public_name_has_a_docstring_and_is_used(self):
+        """On a page or by the command line, in an annotation of such a one, or as an exception."""
+        assert [name for name, node in self.PUBLIC.items() if not ast.get_docstring(node)] == []
+        cells = [ast.parse(cell.source) for name in notebooks.NAMES for cell in notebooks.code_cells(name)]
+        attributes = [node for cell in cells for node in ast.walk(cell) if isinstance(node, ast.Attribute)]
+        used = {node.attr for node in attributes if ast.unparse(node.value) == "helpers"} | {"main"}
+        used |= names_in([self.PUBLIC["main"]])
+        nodes = [node for name in used & self.PUBLIC.keys() for node in ast.walk(self.PUBLIC[name])]
+        used |= names_in([node.annotation for node in nodes if isinstance(node, ast.arg | ast.AnnAssign)])
+        used |= names_in([node.returns for node in nodes if isinstance(node, ast.FunctionDef)])
+        used |= names_in([node.type for node in ast.walk(self.TREE) if isinstance(node, ast.ExceptHandler)])
+        assert sorted(self.PUBLIC.keys() - used) == []
+
+
+def names_in(nodes) -> set[str]:
+    """The names that occur in the syntax trees, of which some may be None."""
+    return {n.id for node in nodes if node is not None for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+class TestDocuments:
+    NAMES = ("README.md", "runs/README.md", "tests/README.md")
+
+    def test_readme_is_short_and_starts_with_the_start(self):
+        lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 130
+        assert "## Start" in lines[:12]
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_links_and_files_exist(self, name):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        for link in re.findall(r"\]\((?!https?:)(.+?)\)", text):
+            assert link in anchors if link.startswith("#") else ((ROOT / name).parent / link).exists(), link
+
+    @pytest.mark.parametrize("name", [*NAMES, *notebooks.NAMES])
+    def test_scripts_exist(self, name):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        scripts = {(ROOT / script) for script in re.findall(r"\btests/\w+\.py\b", text)}
+        if name == "tests/README.md":
+            scripts |= {ROOT / "tests" / script for script in re.findall(r"`(\w+\.py)\b", text)} - {
+                ROOT / "tests" / "helpers.py"
+            }
+        assert [str(script) for script in scripts if not script.exists()] == []
+
+
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
 def test_ruff_has_nothing_to_say(command):
     result = subprocess.run(
-        [sys.executable, "-m", "ruff", *command, str(notebooks.ROOT)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
