@@ -1291,7 +1291,7 @@ class Run:
             name, content = f"{tag}.md", _table(result)
             self.event("text", tag, content)
         else:
-            name, content = f"{tag}.png", show(result, self.provenance)
+            name, content = f"{tag}.png", show(result, self.provenance) or _png(result)
             self.event("figure", tag, result, self.step)
         self._keep(name, {f"results/{name}": content})
 
@@ -1403,16 +1403,16 @@ def _png(drawn) -> bytes:
     return packed.getvalue()
 
 
-def show(drawn, provenance: Provenance) -> bytes:
-    """Show the figure in the notebook (nothing on a terminal) and return it as PNG; a stand-in's says so at its top."""
+def show(drawn, provenance: Provenance) -> bytes | None:
+    """Show the figure in the notebook; elsewhere return it as PNG. That of a stand-in says so at its top."""
     if provenance.source == "stand-in":
         drawn.suptitle(f"STAND-IN DATA, NOT {provenance.dataset}", color=COLORS[1], weight="bold", fontsize=12)
     content = _png(drawn)
-    if _in_notebook():
-        from IPython import display
+    if not _in_notebook():
+        return content
+    from IPython import display
 
-        display.display(display.Image(data=content, format="png"), metadata={})
-    return content
+    display.display(display.Image(data=content, format="png"), metadata={})  # a value would be shown a second time
 
 
 def image_grid(images: torch.Tensor, titles: list[str], columns: int = 10, width: float = 0.95):

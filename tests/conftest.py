@@ -84,8 +84,8 @@ def runs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(runs):
-    """`start(function, *arguments, variables={}, **options)` calls a function of toy.py in a process of its own, with
-    the same folder for runs, and returns the toy.Process. It is dead when the test ends.
+    """`start(function, *arguments, variables={}, **options)` calls a function of a module in a process of its own,
+    with the same folder for runs, and returns the toy.Process. It is dead when the test ends.
     """
     started = []
 

@@ -6,11 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -18,239 +19,253 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import helpers
 import notebooks
+import ranks
+import toy
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-RANKS = str(notebooks.ROOT / "tests" / "ranks.py")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def torchrun(*arguments, seconds=120, **variables):
-    command = [*TORCHRUN, *map(str, arguments)]
-    environment = ENVIRONMENT | {name: str(value) for name, value in variables.items()}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def result(output):
-    [line] = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    return json.loads(line.removeprefix("RESULT "))
+@pytest.fixture
+def together(start):
+    """A function that calls another one in `size` processes and returns their results, by rank."""
+
+    def call(function, *arguments, size=2, machines=1, **options):
+        places = toy.ranks(size, machines) if size > 1 else [{}]
+        call.processes = [start(function, *arguments, variables=place, **options) for place in places]
+        return [process.result() for process in call.processes]
+
+    return call
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+class TestResults:
+    """Training is the same at any number of processes, to rounding; evaluation counts every image once."""
+
+    def test_of_both_pages(self, together):
+        [alone] = together(ranks.train_pages, size=1)
+        several = together(ranks.train_pages)
+        for name, expected in alone.items():
+            results = [result[name] for result in several]
+            assert len({result["weights"] for result in results}) == 1
+            assert len({tuple(result["losses"]) for result in results}) == 1
+            for result in results:
+                assert np.allclose(result["logits"], expected["logits"], atol=1e-4)
+                assert result["untrained"] == pytest.approx(expected["untrained"], rel=1e-4)
+            if name == "MNIST":  # the other network normalises each process's share of a batch by itself
+                assert result["losses"] == pytest.approx(expected["losses"], rel=2e-4)
+                assert result["loss_sum"] == pytest.approx(expected["loss_sum"], rel=2e-4)
+                assert abs(result["correct"] - expected["correct"]) <= 1
+
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_the_batches_are_the_same(self, together, size):
+        [alone] = together(ranks.batches, size=1)
+        several = together(ranks.batches, size=size)
+        for number, one in enumerate(alone):
+            for place, (images, labels) in enumerate(one):
+                for rank, result in enumerate(several):
+                    own_images, own_labels = result[number][place]
+                    assert np.array_equal(own_images, images[rank::size])
+                    assert np.array_equal(own_labels, labels[rank::size])
+
+    def test_running_statistics_become_the_mean_of_the_processes(self, together):
+        (mine, after), (theirs, after_there) = together(ranks.statistics)
+        for a, b, result, result_there in zip(mine, theirs, after, after_there, strict=True):
+            assert not np.array_equal(a, b)
+            assert np.array_equal(result, ((a.astype(np.float64) + b) / 2).astype(np.float32))
+            assert np.array_equal(result, result_there)
 
 
-@pytest.fixture(scope="module")
-def results():
-    """What ranks.py printed with 1 process, with 2, and with 4 in two torchrun agents as on two machines."""
-    by_size = {}
-    alone = subprocess.run([sys.executable, RANKS], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert alone.returncode == 0, alone.stderr
-    by_size[1] = result(alone.stdout)
-    two = torchrun("--standalone", "--nproc-per-node=2", RANKS)
-    assert two.returncode == 0, two.stderr
-    by_size[2] = result(two.stdout)
-    nodes = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    agents = [subprocess.Popen([*TORCHRUN, *nodes, "--rdzv-id=test", RANKS], **pipes) for _ in range(2)]
-    outputs = [agent.communicate(timeout=180) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    by_size[4] = result("".join(out for out, _ in outputs))
-    return by_size
+def without_times(history):
+    """A history without what depends on the clock."""
+    times = ("seconds", "samples", "images_per_second")
+    return [{tag: value for tag, value in entry.items() if tag not in times} for entry in history]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_same_losses_as_alone_to_rounding(results, size):
-    alone, several = results[1]["MNIST"], results[size]["MNIST"]
-    assert several["losses"] == pytest.approx(alone["losses"], rel=2e-4)
-    assert several["loss_sum"] == pytest.approx(alone["loss_sum"], rel=2e-4)
-    assert abs(several["correct"] - alone["correct"]) <= 1
-    assert several["test"][0] == pytest.approx(alone["test"][0], rel=1e-3)
+class TestRun:
+    def test_one_process_writes_for_all(self, together, runs):
+        (path, history, weights), (their_path, their_history, their_weights) = together(ranks.train)
+        assert (their_path, their_weights) == (path, weights)
+        assert without_times(their_history) == without_times(history)
+        assert together.processes[0].output.count("epoch  2") == 1
+        assert together.processes[1].output == "", "only the first process prints"
+        assert list((runs / "toy").iterdir()) == [path]
+        assert len(list(path.glob("events*"))) == 1
+        assert {"config.json", "history.json", "checkpoint.pt", "metrics.json", "report.html"} <= set(os.listdir(path))
+        metrics = json.loads((path / "metrics.json").read_text())
+        assert (metrics["world_size"], metrics["epochs"]) == (2, 3)
+        assert metrics["images_per_second"] == pytest.approx(3 * 200 / metrics["train_seconds"])
+        assert {sample.get("rank", 0) for sample in history[0]["samples"]} == {0, 1}, "all devices are watched"
+
+    def test_killed_and_resumed_equals_undisturbed(self, together, start, runs):
+        path, history, weights = together(ranks.train)[0]
+        (path / "checkpoint.pt").unlink()
+        moments = [None, "step 2 of epoch 2"]
+        killed = [
+            start(ranks.train_until_one_is_killed, moment, variables=place)
+            for moment, place in zip(moments, toy.ranks(2), strict=True)
+        ]
+        assert killed[1].end() == -signal.SIGKILL
+        assert killed[0].end() == 1, "the other one should notice"
+        path, again, same_weights = together(ranks.train, RESUME="latest")[0]
+        assert together.processes[0].output.startswith(f"resuming {path.name}\nepoch  2")
+        assert same_weights == weights
+        assert without_times(again) == without_times(history)
+
+    def test_mistakes_are_errors_of_all_processes(self, together):
+        expected = [
+            "Settings differ between the processes: {'RATE': [0.1, 1.1]}.",
+            "LAB_RESUME=latest: no unfinished run",
+            "LAB_BATCH_SIZE=41 cannot be shared by 2 processes",
+            "LAB_DATASET='nowhere' is none of",
+        ]
+        for errors in together(ranks.mistakes):
+            assert [error[: len(start)] for error, start in zip(errors, expected, strict=True)] == expected
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["MNIST", "CIFAR10"])
-def test_all_ranks_end_with_identical_weights_and_every_test_image_once(results, size, name):
-    assert results[size]["size"] == size
-    several = results[size][name]
-    assert len(several["weights"]) == size
-    assert len(set(several["weights"])) == 1
-    assert several["logits"][0] == 101
+class TestJoining:
+    def test_alone_everything_is_the_identity(self):
+        model, tensors = torch.nn.Linear(2, 2), (torch.ones(3), torch.tensor(2))
+        assert helpers.join_world() == helpers.World(0, 1, 0)
+        assert helpers.distribute(model) is model
+        assert all(a is b for a, b in zip(helpers.sum_over_ranks(*tensors), tensors, strict=True))
+
+    def test_more_processes_than_gpus(self, monkeypatch):
+        for name, value in toy.ranks(4)[0].items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(helpers.LabError, match=r"4 processes on this machine, but 2 GPU.*--nproc-per-node=2"):
+            helpers.join_world()
+
+    def test_the_others_never_come(self, start):
+        begin = time.monotonic()
+        lonely = start(ranks.join, 3, variables=toy.ranks(2)[0])
+        assert lonely.result().startswith("Not all 2 processes came within 3 s: ")
+        assert time.monotonic() - begin < 30
+
+    def test_a_port_in_use(self, start):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            place = toy.ranks(2)[0] | {"MASTER_PORT": str(taken.getsockname()[1])}
+            assert "address already in use" in start(ranks.join, 3, variables=place).result()
 
 
-def test_local_statistics_stay_near_those_of_one_process(results):
-    alone, several = results[1]["CIFAR10"]["losses"], results[4]["CIFAR10"]["losses"]
-    assert several[0] == pytest.approx(alone[0], rel=0.2)
+# ----------------------------------------------------------------------------------------------------- torchrun, launch
 
 
-def children():
-    return {process.pid for process in psutil.Process().children(recursive=True)}
-
-
-def notebook(path, source):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+def notebook(path, *sources):
+    """A notebook with these cells."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     return str(path)
 
 
-START = f"import sys, time; sys.path.insert(0, {str(helpers.HERE)!r}); import helpers; world = helpers.join_world()\n"
+JOIN = f"import sys, time; sys.path.insert(0, {str(helpers.HERE)!r}); import helpers; world = helpers.join_world()\n"
 
 
-def test_launch_runs_the_notebook_once_and_leaves_nothing(tmp_path, capsys):
-    before = children()
-    helpers.launch("MNIST.ipynb", 2, 150, RUNS=tmp_path, EPOCHS=2, BATCH_SIZE=100, EXPERIMENTS="", EMBEDDINGS=0)
+def children():
+    """The processes below this one."""
+    return {process.pid for process in psutil.Process().children(recursive=True)}
+
+
+def test_launch_runs_a_page_in_two_processes_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    """The page's first eight sections; in the launched processes nothing more is launched."""
+    monkeypatch.setenv("JPY_SESSION_NAME", "MNIST.ipynb")
+    before, sources = children(), [cell.source for cell in notebooks.code_cells("MNIST.ipynb")]
+    end = next(place for place, source in enumerate(sources) if "run.finish(" in source)
+    again = "helpers.show_report(run)\nhelpers.launch('again.ipynb', 2)"
+    path = notebook(
+        tmp_path / "a.ipynb", f"import sys; sys.path.insert(0, {str(helpers.HERE)!r})", *sources[: end + 1], again
+    )
+    helpers.launch(path, 2, RUNS=tmp_path / "launched", EPOCHS=2, BATCH_SIZE=100)
     printed = capsys.readouterr().out
-    assert printed.count("epoch  2  train loss") == 1
-    [run] = (tmp_path / "mnist").iterdir()
+    assert printed.count("epoch  2") == printed.count("not interactive: TensorBoard is not started") == 1
+    assert printed.count("This is process 0 of 2 already: nothing more is started.") == 1
+    [run] = (tmp_path / "launched" / "mnist").iterdir()
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["world_size"] == 2
+    assert (metrics["world_size"], metrics["epochs"]) == (2, 2)
     assert len(list(run.glob("events*"))) == 1
     assert (run / "report.html").exists()
     assert children() == before
 
 
-def test_launch_shows_the_failing_ranks_traceback(tmp_path):
-    code = START + "time.sleep(1)\nif world.rank == 1:\n    raise ZeroDivisionError('of rank one')\ntime.sleep(60)"
-    start = time.monotonic()
-    with pytest.raises(helpers.LabError, match="rank 1 failed") as error:
-        helpers.launch(notebook(tmp_path / "a.ipynb", code), 2, 100)
-    assert "ZeroDivisionError" in str(error.value)
-    assert "of rank one" in str(error.value)
-    assert time.monotonic() - start < 50
-
-
-def test_launch_stops_what_hangs(tmp_path):
-    before = children()
-    path = notebook(tmp_path / "a.ipynb", START + "print('begun', flush=True); time.sleep(600)")
-    with pytest.raises(helpers.LabError, match="did not end within 8 s"):
-        helpers.launch(path, 2, 8)
+def test_launch_shows_the_failing_ranks_traceback(tmp_path, capsys):
+    code = "time.sleep(1)\nif world.rank == 1:\n    raise ZeroDivisionError('of rank one')\ntime.sleep(60)"
+    begin, before = time.monotonic(), children()
+    with pytest.raises(helpers.LabError, match="in 2 processes failed; the output above says in which rank and why"):
+        helpers.launch(notebook(tmp_path / "a.ipynb", JOIN + code), 2)
+    printed = capsys.readouterr().out
+    assert "[rank 1]" in printed
+    assert "raise ZeroDivisionError('of rank one')" in printed, "the line should be shown"
+    assert time.monotonic() - begin < 50
     assert children() == before
 
 
-def test_bad_input_is_one_error_of_rank_0(tmp_path):
-    with pytest.raises(helpers.LabError) as error:
-        helpers.launch("MNIST.ipynb", 2, 60, RUNS=tmp_path, BATCH_SIZE=25)
-    assert str(error.value).count("LAB_BATCH_SIZE=25 cannot be shared by 2") == 1
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_launch_interrupted_leaves_no_process(tmp_path):
+    begun, before = tmp_path / "begun-1", children()
+    code = f"import os, time; open({str(tmp_path)!r} + '/begun-' + os.environ['RANK'], 'w'); time.sleep(600)"
+
+    def interrupt():
+        end = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            helpers.launch(notebook(tmp_path / "a.ipynb", code), 2)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert begun.exists()
+    assert children() == before
 
 
-# What both launched notebooks do: add up over their ranks, then find that the ranks were given different settings.
-ADD_AND_DIFFER = """
-import os, torch
-[total] = helpers.sum_over_ranks(torch.tensor({first} + world.rank))
-print("total", total.item())
-os.environ["LAB_EPOCHS"], EPOCHS = str(1 + world.rank), 0
-try:
-    helpers.override_settings(globals())
-except helpers.LabError as error:
-    print(error)
-"""
-
-
-def test_two_launches_at_once_do_not_collide_and_differing_settings_are_named(tmp_path, capsys):
-    paths = [notebook(tmp_path / f"{n}.ipynb", START + ADD_AND_DIFFER.format(first=n)) for n in (10, 20)]
-    with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(helpers.launch, path, 2, 100) for path in paths]
-    assert [job.exception() for job in jobs] == [None, None]
-    printed = sorted(capsys.readouterr().out.splitlines())
-    differ = "Settings differ between processes: {'EPOCHS': 1} on rank 0, {'EPOCHS': 2} on rank 1."
-    assert printed == [differ, differ, "total 21", "total 41"]
-
-
-def test_when_rank_0_fails_to_get_the_data_the_others_go_on_at_once(monkeypatch):
-    monkeypatch.setattr(helpers, "_store", torch.distributed.HashStore())
-    monkeypatch.setattr(helpers, "_turns", 0)
-    monkeypatch.setattr(helpers, "_world", helpers.World(0, 2, 0))
-    with pytest.raises(helpers.DataUnavailable), helpers.rank_0_first("download"):
-        raise helpers.DataUnavailable("no network")
-    monkeypatch.setattr(helpers, "_turns", 0)  # now as the other process
-    monkeypatch.setattr(helpers, "_world", helpers.World(1, 2, 1))
-    begin = time.monotonic()
-    with helpers.rank_0_first("download", seconds=30):
-        assert time.monotonic() - begin < 5
-
-
-def test_a_port_in_use(monkeypatch):
-    monkeypatch.setattr(helpers, "_world", helpers.World())
-    monkeypatch.setattr(helpers, "_route_output", lambda rank: None)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
-        for name, value in place.items():
-            monkeypatch.setenv(name, str(value))
-        with pytest.raises(helpers.LabError, match="address already in use"):
-            helpers.join_world(5)
+def test_a_killed_rank_is_restarted_and_the_job_resumes_its_own_run(runs):
+    decoy = toy.Training(EPOCHS=4)  # an unfinished run of another job, which is newer than the job's own
+    with pytest.raises(KeyboardInterrupt):
+        decoy.train(toy.interrupt("step 1 of epoch 2"))
+    decoy.run.close()
+    os.utime(decoy.run.path / "checkpoint.pt", (time.time() + 1000,) * 2)
+    command = [*TORCHRUN, "--max-restarts=1", str(notebooks.ROOT / "tests" / "toy.py")]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = job.communicate(timeout=120)
+    finally:
+        job.terminate()  # torchrun ends its processes then
+    assert job.returncode == 0, output
+    [run] = set((runs / "toy").iterdir()) - {decoy.run.path}
+    assert f"resuming {run.name}" in output
+    points = EventAccumulator(str(run)).Reload().Scalars("loss/train")
+    assert [point.step for point in points] == [5, 10, 15, 20]
+    assert json.loads((run / "metrics.json").read_text())["epochs"] == 4
+    assert not (decoy.run.path / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("name", notebooks.NAMES)
 def test_the_page_sets_its_rate_beside_the_launched_runs(name, tmp_path, monkeypatch):
+    asked, tables = [], {}
+
+    def launch(notebook, processes, **settings):
+        asked.append((notebook, processes, settings["EPOCHS"]))
+        finish("launched", processes, 1500.0)
+
     def finish(run, size, rate):
         (tmp_path / run).mkdir()
         (tmp_path / run / "metrics.json").write_text(json.dumps({"world_size": size, "images_per_second": rate}))
 
     finish("an older one", 8, 9000.0)
     finish("this", 1, 1000.0)
-    monkeypatch.setattr(helpers, "launch", lambda notebook, processes, **settings: finish("new", processes, 1500.0))
-    tables, [cell] = {}, [cell for cell in notebooks.code_cells(name) if "helpers.launch(" in cell.source]
-    page = dict(
-        PROCESSES=2, SETTINGS={"EPOCHS": 1}, world=helpers.World(), run=tmp_path / "this", helpers=helpers, json=json
+    monkeypatch.setattr(helpers, "launch", launch)
+    [cell] = [cell for cell in notebooks.code_cells(name) if "helpers.launch(" in cell.source]
+    page = notebooks.page(name, EPOCHS=3, PROCESSES=2)
+    page |= dict(SETTINGS=helpers.Settings({"EPOCHS": 3}, ["EPOCHS"], set()), world=helpers.World(), json=json)
+    page |= dict(
+        run=SimpleNamespace(path=tmp_path / "this", add=tables.__setitem__), metrics={"images_per_second": 1000.0}
     )
-    exec(cell.source, page | {"writer": SimpleNamespace(add_text=tables.__setitem__)})
-    lines = tables["tables/processes"].splitlines()
-    assert lines[2:] == ["| 1 | 1,000 | 1.00 × |", "| 2 | 1,500 | 1.50 × |"]
-
-
-def test_a_rendezvous_that_never_completes_is_an_error_within_the_time():
-    code = START.replace("join_world()", "join_world(3)")
-    lonely = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    lonely["MASTER_PORT"] = str(free_port())
-    process = subprocess.run(
-        [sys.executable, "-c", code], env=ENVIRONMENT | lonely, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert process.returncode != 0
-    assert "did not come within" in process.stderr
-
-
-def test_more_ranks_than_gpus(monkeypatch):
-    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(helpers, "_world", helpers.World())
-    monkeypatch.setattr(helpers, "_route_output", lambda rank: None)
-    with pytest.raises(helpers.LabError, match="4 processes on this machine, but 2 GPU"):
-        helpers.join_world()
-
-
-def test_alone_everything_is_the_identity():
-    model, tensors = torch.nn.Linear(2, 2), (torch.ones(3), torch.tensor(2))
-    assert helpers.join_world() == helpers.World(0, 1, 0)
-    assert helpers.distribute(model) is model
-    assert all(a is b for a, b in zip(helpers.sum_over_ranks(*tensors), tensors, strict=True))
-    assert helpers.from_all_ranks("x") == ["x"]
-    assert helpers.from_rank_0("x") == "x"
-
-
-def test_killed_rank_restarts_from_the_checkpoint_and_each_epoch_is_logged_once(tmp_path):
-    settings = {"LAB_RUNS": tmp_path, "LAB_EPOCHS": 8, "LAB_BATCH_SIZE": 20, "LAB_EXPERIMENTS": "", "LAB_EMBEDDINGS": 0}
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "IPython"]
-    job = subprocess.Popen(
-        [*command, "--colors=NoColor", str(notebooks.ROOT / "MNIST.ipynb")],
-        env=ENVIRONMENT | {name: str(value) for name, value in settings.items()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    end = time.monotonic() + 90
-    while not list(tmp_path.glob("mnist/*/checkpoint.previous.pt")) and time.monotonic() < end:
-        time.sleep(0.05)  # the second epoch is over
-    workers = [p for p in psutil.Process(job.pid).children(recursive=True) if "IPython" in " ".join(p.cmdline())]
-    workers[-1].send_signal(signal.SIGKILL)
-    output, _ = job.communicate(timeout=150)
-    assert job.returncode == 0, output
-    [run] = (tmp_path / "mnist").iterdir()
-    assert "resuming" in output
-    [events] = run.glob("events*")
-    points = EventAccumulator(str(events)).Reload().Scalars("loss/train")
-    assert [point.step for point in points] == list(range(1, 9))
-    assert json.loads((run / "metrics.json").read_text())["epochs"] == 8
+    exec(cell.source, page)
+    assert asked == [(name, 2, 3)]
+    assert [list(map(str, row)) for row in tables["tables/processes"][1:]] == [
+        *(["1", "1,000", "1.00 ×"], ["2", "1,500", "1.50 ×"])
+    ]

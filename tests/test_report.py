@@ -1,138 +1,199 @@
-"""The report and the comparison, from runs that a test writes with the writer and the functions that the pages use."""
+"""The report and the comparison, from the files of a run: its events are deleted first."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 import helpers
+import toy
 
-CLASSES = ("cat", "dog", "<b>灰</b>")
+CLASSES = ("cat", "dog", "<b>灰</b>", *map(str, range(3, 10)))
 
 
-def write_run(folder, *, source="official", gpu=None, classes=CLASSES, seed=1, confusion=True):
-    folder.mkdir(parents=True)
-    config = {"lab": "cifar", "tag": "x", "settings": {"EPOCHS": 2, "NOTE": "<script>alert(1)</script>", "SEED": seed}}
-    config |= {"versions": {"torch": "2.9"}, "git": None, "classes": list(classes)}
-    (folder / "config.json").write_text(json.dumps(config))
-    writer, monitor = SummaryWriter(folder), helpers.Monitor(torch.device("cpu"))
-    for epoch in (1, 2):
-        for part in ("train", "validation"):
-            writer.add_scalar(f"loss/{part}", 1 / epoch, epoch)
-            writer.add_scalar(f"accuracy/{part}", 0.4 * epoch, epoch)
-        writer.add_scalar("train_seconds", 1.5 * epoch, epoch)
-    monitor.samples = [{"seconds": 0.2 * k, "time": 1e9 + k, "utilization": 50.0 + k} for k in range(10)]
-    monitor.log(writer)
-    matrix = torch.tensor([[80, 15, 5], [10, 90, 0], [0, 0, 100]])
-    if confusion:
-        writer.add_tensor("test/confusion_counts", matrix)
-    writer.add_image("mistakes/00 cat → <i>dog</i>, 99%", torch.zeros(3, 8, 8, dtype=torch.uint8), 2)
-    writer.add_text(
-        "tables/loaders", helpers.table(["loader", "images/s"], [["classic", "1,000"], ["a|b", "<u>5</u>"]])
-    )
-    writer.close()
-    values = dict(lab="cifar", dataset="CIFAR10", source=source, verified=source == "official", parameters=1234)
-    values |= dict(epochs=2, world_size=1, device="a card", precision="bf16", test_accuracy=0.9, test_loss=0.3123)
-    values |= dict(train_seconds=3.0, images_per_second=4321.0, gpu_utilization=gpu, seed=seed)
-    values |= dict(gpu_utilization_reason=None if gpu else "no NVIDIA GPU in use", started="s", finished="f")
-    helpers.write_metrics(folder, **values)
-    return folder
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A finished run on images of a folder whose name and classes are HTML, without its events."""
+    provenance = helpers.Provenance("<i>photos</i>", "image-folder", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAB_RUNS", str(tmp_path_factory.mktemp("report")))
+        data = replace(toy.digits(), provenance=provenance, classes=CLASSES)
+        training = toy.Training(data, lab="cifar", NOTE="<script>alert(1)</script>").train()
+        run = training.run
+        run.add("test/confusion", helpers.confusion(torch.eye(10, dtype=torch.int64), CLASSES))
+        run.add("tables/loaders", [["loader", "images/s"], ["classic", "1,000"], ["<u>mine</u>", "5"]])
+        run.add("mistakes", helpers.image_grid(data.images[:4], ["cat → <i>dog</i>"] * 4, columns=4))
+        training.finish()
+        run.close()
+    for events in run.path.glob("events*"):
+        events.unlink()
+    return run.path
 
 
 @pytest.fixture
-def run(tmp_path):
-    return write_run(tmp_path / "cifar" / "20260101-000000-x")
+def run(original, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(original, tmp_path / "cifar" / original.name)
 
 
-def test_report_has_what_the_lab_asks_for_and_nothing_from_elsewhere(run):
-    path = helpers.write_report(run, words="# Mine\n\nI *think* <b>so</b>: 我的结论.")
-    page = path.read_text(encoding="utf-8")
-    assert path == run / "report.html"
-    low, high = helpers.confidence_interval(0.9, 300)
-    for text in ("90.00 %", "300 images", f"{100 * low:.2f}", f"{100 * high:.2f}", "1,234", "a card", "bf16", "4,321"):
+def change(run, name, **changes):
+    """Change what a JSON file of the run says."""
+    content = json.loads((run / name).read_text(encoding="utf-8"))
+    (run / name).write_text(json.dumps(content | changes), encoding="utf-8")
+    return run
+
+
+def report(run, words=""):
+    """The text of the run's report."""
+    path = run / "words.md"
+    path.write_text(words, encoding="utf-8")
+    return helpers.write_report(run, path).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(original, tmp_path_factory):
+    """The report of the run, with words of the reader's own."""
+    copy = shutil.copytree(original, tmp_path_factory.mktemp("page") / original.name)
+    return report(copy, "# Mine\n\nI *think* so: 我的结论. <script>alert(2)</script> <b>so</b>")
+
+
+def test_it_has_what_the_lab_asks_for_and_nothing_from_elsewhere(page, original):
+    metrics = json.loads((original / "metrics.json").read_text(encoding="utf-8"))
+    facts = [f"{metrics['test_accuracy']:.2%}", f"{metrics['test_loss']:.4f}", f"{metrics['parameters']:,}"]
+    facts += [f"{metrics['images_per_second']:,.0f} images/s", f"{metrics['device']}, 1 process(es), fp32"]
+    for text in (*facts, "no NVIDIA GPU in use", original.name, metrics["started"], torch.__version__.split("+")[0]):
         assert text in page, text
-    for text in ("Confusion matrix", "80.0%", "Mistakes", "cat → ", "classic", "1,000", "<em>think</em>", "我的结论"):
+    for text in ("<em>think</em>", "我的结论", "<h3>test/confusion</h3>", "<h3>tables/loaders</h3>", "<td>1,000</td>"):
         assert text in page, text
-    assert "no NVIDIA GPU in use" in page
-    assert "CPU utilisation of this process" in page
+    for name in toy.SETTINGS:
+        assert f"<td>{name}</td>" in page, name
+    pictures = re.findall(r'<img src="data:image/png;base64,[^"]+" alt="([^"]*)"', page)
+    assert pictures == ["accuracy, loss and utilisation over time", "test/confusion", "mistakes"]
     assert not re.search(r"<script|<link|@import|(src|href)=.(?!data:|#)", page)
+    assert "STAND-IN" not in page
     assert len(page) < 500_000
 
 
-def test_text_from_files_is_escaped(run):
-    page = helpers.write_report(run, words="<script>alert(2)</script>").read_text(encoding="utf-8")
-    for raw in ("<script", "<b>灰", "<i>dog", "<u>5", "<b>so"):
+def test_my_own_words_come_first(page):
+    headings = re.findall(r"<h2>(.+?)</h2>", page)
+    assert headings[0].startswith("In my own words")
+    assert page.index("<em>think</em>") < page.index("Result")
+
+
+def test_html_of_classes_datasets_settings_and_words_is_escaped(page):
+    for raw in ("<script", "<b>", "<i>", "<u>"):
         assert raw not in page, raw
-    assert "&lt;b&gt;灰&lt;/b&gt;" in page
+    for escaped in ("&lt;script&gt;alert(2)", "&lt;i&gt;photos&lt;/i&gt;", "&lt;u&gt;mine", "&lt;script&gt;alert(1)"):
+        assert escaped in page, escaped
 
 
-def test_stand_in_says_so(tmp_path):
-    page = helpers.write_report(write_run(tmp_path / "a", source="stand-in"), words="").read_text(encoding="utf-8")
-    assert "STAND-IN DATA, NOT CIFAR10" in page
+def test_a_stand_in_says_so_first(run):
+    changes = dict(source="stand-in", dataset="CIFAR10", unfinished="stopped after 2 of 3 epochs")
+    page = report(change(run, "metrics.json", **changes))
+    assert re.search(r"<blockquote>\s*<p>STAND-IN DATA, NOT CIFAR10", page)
+    assert page.index("<blockquote>") < page.index("<h2>")
+    assert "stopped after 2 of 3 epochs" in page
     assert "nothing written yet" in page
 
 
-def test_many_classes_and_no_confusion(tmp_path):
-    many = tuple(f"class {k}" for k in range(100))
-    assert "Confusion matrix" not in helpers.write_report(
-        write_run(tmp_path / "b", classes=many, confusion=False), words=""
-    ).read_text(encoding="utf-8")
+def test_the_utilisation_or_the_reason(run):
+    history = json.loads((run / "history.json").read_text())
+    for place, entry in enumerate(history):
+        entry["samples"] = [{"seconds": entry["seconds"], "time": 1.0, "gpu/utilization_percent": 60.0 + 10 * place}]
+    (run / "history.json").write_text(json.dumps(history))
+    change(run, "metrics.json", gpu_utilization_reason=None)
+    assert "GPU utilisation: mean 70 %, median 70 %, max 80 %, 3 samples" in report(run)
+    change(run, "metrics.json", gpu_utilization_reason="NVMLError_NotSupported")
+    assert "GPU: NVMLError_NotSupported" in report(run)
 
 
 def test_words_come_from_the_notebooks_cell(run, monkeypatch, tmp_path):
-    cell = {"id": "my-words", "cell_type": "markdown", "source": ["## Mein ", "Bericht"]}
+    cell = {"id": "my-words", "cell_type": "markdown", "source": ["## In my own words\n", "Mein *Bericht*"]}
     (tmp_path / "CIFAR.ipynb").write_text(json.dumps({"cells": [{"id": "x"}, cell]}))
     monkeypatch.setattr(helpers, "HERE", tmp_path)
-    assert "<h2>Mein Bericht</h2>" in helpers.write_report(run).read_text(encoding="utf-8")
+    page = helpers.write_report(run).read_text(encoding="utf-8")
+    assert "Mein <em>Bericht</em>" in page
+    assert page.count("In my own words") == 1
 
 
-@pytest.mark.parametrize(
-    ("accuracy", "count", "expected"),
-    [(0.9, 100, (0.8256, 0.9448)), (1.0, 10, (0.7225, 1.0)), (0.0, 10, (0.0, 0.2775))],
-)
-def test_confidence_interval(accuracy, count, expected):
-    assert helpers.confidence_interval(accuracy, count) == pytest.approx(expected, abs=1e-4)
+def test_a_run_without_validation_and_results(run):
+    history = json.loads((run / "history.json").read_text())
+    entries = [{k: v for k, v in entry.items() if "validation" not in k} | {"samples": []} for entry in history]
+    (run / "history.json").write_text(json.dumps(entries))
+    shutil.rmtree(run / "results")
+    assert "<h3>" not in report(run)
 
 
-def command(*arguments, cwd):
-    variables = [sys.executable, "-m", "helpers", *map(str, arguments)]
-    return subprocess.run(variables, cwd=helpers.HERE, capture_output=True, text=True, check=False)
+class TestComparison:
+    def compare(self, runs, tmp_path):
+        return helpers.write_comparison(runs, tmp_path / "compare.html").read_text(encoding="utf-8")
+
+    def test_shows_the_settings_that_differ_and_no_others(self, run, tmp_path):
+        other = shutil.copytree(run, run.with_name("20260102-000000-other"))
+        config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+        change(other, "config.json", settings=config["settings"] | {"RATE": 0.75, "NEW": "<b>"})
+        change(other, "metrics.json", test_accuracy=0.4321)
+        page = self.compare([run, other], tmp_path)
+        cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page, re.S)]
+        rows = {name: values for name, *values in cells}
+        assert rows["run 实验"] == [f"cifar/{run.name}", f"cifar/{other.name}"]
+        assert rows["RATE"] == ["0.1", "0.75"]
+        assert rows["NEW"] == ["", "&quot;&lt;b&gt;&quot;"]
+        assert {name for name in rows if name.isupper()} == {"RATE", "NEW"}
+        assert rows["test accuracy 测试准确率"][1] == "43.21%"
+        assert page.count("<img") == 1
+        assert not re.search(r"<script|<b>|<link|(src|href)=.(?!data:|#)", page)
+
+    def test_of_many_runs(self, run, tmp_path):
+        runs = [run, *(shutil.copytree(run, run.with_name(f"other-{number}")) for number in range(7))]
+        assert "8 runs compared" in self.compare(runs, tmp_path)
 
 
-def test_command_line_rebuilds_and_compares(run, tmp_path):
-    words = tmp_path / "words.md"
-    words.write_text("my own **words**", encoding="utf-8")
-    result = command("report", run, "--words", words, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "<strong>words</strong>" in (run / "report.html").read_text(encoding="utf-8")
-    other = write_run(tmp_path / "cifar" / "20260102-000000-x", seed=2)
-    result = command("compare", run, other, "--output", tmp_path / "c.html", cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    page = (tmp_path / "c.html").read_text(encoding="utf-8")
-    assert page.count("cifar/2026010") >= 2
-    assert "SEED" in page
-    assert "EPOCHS" not in page
-    assert "<script" not in page
+class TestCommandLine:
+    def test_writes_a_report(self, run, tmp_path):
+        words = tmp_path / "words.md"
+        words.write_text("my own **words**", encoding="utf-8")
+        command = [sys.executable, "-m", "helpers", "report", str(run), "--words", str(words)]
+        result = subprocess.run(command, cwd=helpers.HERE, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout, result.stderr) == (0, f"{run / 'report.html'}\n", "")
+        assert "<strong>words</strong>" in (run / "report.html").read_text(encoding="utf-8")
+
+    def test_writes_a_comparison(self, run, tmp_path, capsys):
+        assert helpers.main(["compare", str(run), str(run), "--output", str(tmp_path / "c.html")]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / 'c.html'}\n"
+        assert "2 runs compared" in (tmp_path / "c.html").read_text(encoding="utf-8")
+
+    def test_names_what_is_missing(self, tmp_path, capsys):
+        assert helpers.main(["report", str(tmp_path / "nowhere")]) == 1
+        assert "nowhere is no run, or not a finished one" in capsys.readouterr().err
 
 
-def test_command_line_names_what_is_missing(tmp_path):
-    result = command("report", tmp_path / "nowhere", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "nowhere is no finished run" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_show_report_never_fails(run, tmp_path, fault, capsys):
-    helpers.show_report(tmp_path)
-    assert "could not be written" in capsys.readouterr().out
-    (run / "config.json").write_text("{")
+def test_show_report_closes_the_run_and_never_fails(runs, fault, capsys):
+    training = toy.Training().train()
+    training.finish()
+    helpers.show_report(training.run)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"report.html of {training.run.path.name}, ")
+    assert helpers.Run.current is None
+    (training.run.path / "config.json").write_text("{")
     with fault("report fails") as seen:
-        helpers.show_report(run)
+        helpers.show_report(training.run)
         printed = capsys.readouterr().out
         seen(printed)
+    assert printed.startswith("The report could not be written: ")
     assert printed.count("\n") == 1
     assert "To try again: python -m helpers report" in printed
+
+
+def test_a_full_disk_costs_the_report_alone(small_disk, run, capsys):
+    disk = small_disk(200)
+    copy = shutil.copytree(run, disk / run.name)
+    toy.fill(disk)
+    assert helpers.main(["report", str(copy)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not {"report.html", f".report.html.{os.getpid()}.part"} & {path.name for path in copy.iterdir()}

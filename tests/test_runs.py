@@ -1,102 +1,209 @@
+"""What a run keeps, and what it says of what happened."""
+
 import json
 import math
-import os
-import pickle
+import subprocess
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import helpers
+import toy
 
-CPU = torch.device("cpu")
-NUMBERS = {
-    "lab": "mnist",
-    "dataset": "MNIST",
-    "source": "stand-in",
-    "verified": False,
-    "parameters": 61_706,
-    "epochs": 1,
-    "world_size": 1,
-    "device": "cpu",
-    "precision": "fp32",
-    "test_accuracy": 0.5,
-    "test_loss": 1.0,
-    "train_seconds": 2.0,
-    "images_per_second": 3.0,
-    "gpu_utilization": None,
-    "gpu_utilization_reason": "none here",
-    "seed": 1,
-    "started": "2026-01-01T00:00:00+00:00",
-    "finished": "2026-01-01T00:01:00+00:00",
-}
+# The contract's keys of metrics.json, in its order.
+KEYS = "lab dataset source verified parameters epochs world_size device precision test_accuracy test_loss"
+KEYS += " train_seconds images_per_second gpu_utilization gpu_utilization_reason seed started finished"
+
+
+def read(path, name):
+    """The content of a JSON file of a run."""
+    return json.loads((path / name).read_text(encoding="utf-8"))
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
-    return helpers.new_run("mnist", "tag", {"SEED": 3, "RATES": (1, 2)}, CPU)
+def trained(runs):
+    """A training of three epochs, not yet finished."""
+    return toy.Training().train()
 
 
-def test_every_run_has_a_directory_of_its_own(run, tmp_path):
-    others = {helpers.new_run("mnist", "tag", {}, CPU) for _ in range(3)}
-    assert len(others | {run}) == 4
-    assert all(path.parent == tmp_path / "mnist" for path in others)
-    config = json.loads((run / "config.json").read_text())
-    assert (config["lab"], config["seed"], config["settings"]["RATES"]) == ("mnist", 3, [1, 2])
-    assert config["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in config["versions"]["torch"]
+class TestFiles:
+    def test_every_run_has_a_directory_of_its_own(self, runs):
+        paths = {toy.Training().run.path for _ in range(3)}
+        assert len(paths) == 3
+        assert {path.parent for path in paths} == {runs / "toy"}
+        assert all("MNIST-stand-in" in path.name for path in paths)
+
+    def test_an_unwritable_folder_is_named(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("LAB_RUNS", str(tmp_path / "file"))
+        with pytest.raises(helpers.LabError, match=r"Cannot create .*Set LAB_RUNS"):
+            toy.Training()
+
+    def test_all_of_them(self, trained):
+        trained.finish()
+        helpers.show_report(trained.run)
+        names = {path.name for path in trained.run.path.iterdir()}
+        events = {name for name in names if name.startswith("events.out.tfevents")}
+        assert len(events) == 1
+        assert names - events - {".lock"} == {
+            *("config.json", "history.json", "checkpoint.pt", "metrics.json", "report.html")
+        }
+
+    def test_config_records_settings_model_data_versions_and_git(self, runs):
+        training = toy.Training(NOTE="灰 first", RATE=0.25)
+        config = read(training.run.path, "config.json")
+        assert config == training.run.config
+        assert config["settings"] == toy.SETTINGS | {"NOTE": "灰 first", "RATE": 0.25, "WIDTHS": [4, 8]}
+        assert config["model"] == str(training.model)
+        assert (config["lab"], config["seed"], config["note"], config["precision"]) == ("toy", 1, "灰 first", "fp32")
+        assert (config["dataset"], config["source"], config["verified"]) == ("MNIST", "stand-in", False)
+        assert config["classes"] == list("0123456789")
+        assert config["device"] == helpers.device_name(toy.CPU)
+        assert config["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+        assert {"python", "torchvision", "tensorboard", "numpy"} < config["versions"].keys()
+        git = ["git", "-C", str(helpers.HERE), "describe", "--always", "--dirty"]
+        git = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+        assert config["versions"]["git"] == git
+
+    def test_the_fingerprint_is_of_images_and_labels(self, runs):
+        def fingerprint(split):
+            return toy.Training(data=split).run.config["fingerprint"]
+
+        data = toy.digits()
+        images, labels = data.images.clone(), data.labels.clone()
+        images[:60, 0, 3, 3] ^= 1
+        labels[:60] = (labels[:60] + 1) % 10
+        others = [replace(data, images=images), replace(data, labels=labels), toy.digits(count=230)]
+        assert fingerprint(data) == fingerprint(data)
+        assert len({fingerprint(split) for split in (data, *others)}) == 4
+
+    def test_history_has_an_entry_for_each_epoch(self, trained):
+        history = read(trained.run.path, "history.json")
+        assert history == trained.run.history
+        assert [(entry["epoch"], entry["step"]) for entry in history] == [(1, 5), (2, 10), (3, 15)]
+        seconds = [entry["seconds"] for entry in history]
+        assert seconds == sorted(seconds)
+        for entry, start in zip(history, [0, *seconds], strict=False):
+            assert entry["images_per_second"] == pytest.approx(200 / (entry["seconds"] - start))
+            assert set(entry) - {"epoch", "step", "seconds", "images_per_second", "samples"} == {
+                *("loss/train", "accuracy/train", "loss/validation", "accuracy/validation", "learning_rate")
+            }
+        loss, accuracy = helpers.evaluate(trained.model, trained.validation_loader)
+        assert (history[-1]["loss/validation"], history[-1]["accuracy/validation"]) == (loss, accuracy)
+
+    def test_values_that_are_no_number_are_left_out(self, runs):
+        training = toy.Training()
+        training.train(log=lambda values, losses: (values | {"loss/validation": math.nan}, losses))
+        assert not any("loss/validation" in entry for entry in read(training.run.path, "history.json"))
+
+    def test_tables_and_figures_are_kept_as_results(self, trained):
+        trained.run.add("tables/loaders", [["loader", "images/s"], ["classic", 1000], ["resident", 9000]])
+        trained.run.add("curves", helpers.curves(trained.run.history))
+        results = trained.run.path / "results"
+        table = "| loader | images/s |\n| --- | --- |\n| classic | 1000 |\n| resident | 9000 |"
+        assert (results / "tables" / "loaders.md").read_text(encoding="utf-8") == table
+        assert (results / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_unwritable_runs_folder(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("LAB_RUNS", str(tmp_path / "file"))
-    with pytest.raises(helpers.LabError, match="LAB_RUNS"):
-        helpers.new_run("mnist", "tag", {}, CPU)
+class TestMetrics:
+    def test_have_the_contracts_keys_and_come_from_what_happened(self, trained, capsys):
+        before = trained.page | {}
+        trained.page |= dict(SEED=9, NOTE="changed after the training", EPOCHS=7)
+        metrics = trained.finish(gain=0.5)
+        trained.page |= before
+        assert metrics == read(trained.run.path, "metrics.json")
+        assert list(metrics) == [*KEYS.split(), "gain"]
+        history, seconds = trained.run.history, trained.run.history[-1]["seconds"]
+        loss, accuracy = helpers.evaluate(trained.model, trained.test_loader)
+        expected = dict(lab="toy", dataset="MNIST", source="stand-in", verified=False, epochs=len(history), seed=1)
+        expected |= dict(parameters=sum(p.numel() for p in trained.model.parameters()), world_size=1, precision="fp32")
+        expected |= dict(test_accuracy=accuracy, test_loss=loss, train_seconds=seconds, gain=0.5)
+        expected |= dict(images_per_second=3 * 200 / seconds, device=helpers.device_name(toy.CPU))
+        expected |= dict(gpu_utilization=None, gpu_utilization_reason="no NVIDIA GPU in use")
+        assert {key: metrics[key] for key in expected} == expected
+        assert metrics["started"] <= metrics["finished"]
+        line = f"STAND-IN, not MNIST: test accuracy {accuracy:.2%}, loss {loss:.4f}; trained for {seconds:.1f} s"
+        assert capsys.readouterr().out.splitlines()[-1] == line
+
+    def test_say_what_is_missing(self, trained):
+        assert "missing" not in trained.finish()
+        with pytest.raises(TypeError):
+            trained.run.event("scalar")  # a mistake is no full disk
+        trained.run.writer.add_scalar = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        missing = trained.finish()["missing"]
+        assert missing == ["events of epoch 3: OSError: [Errno 28] No space left on device"]
+        assert trained.finish()["missing"] == missing, "it is said once, and not tried again"
+
+    def test_a_longer_training_is_no_part_of_them(self, runs):
+        """Clock and monitor run in `training` alone."""
+        training = toy.Training()
+        training.train(lambda moment: moment.endswith("logged") and torch.randn(900, 900) @ torch.randn(900, 900))
+        entry = training.run.history[-1]
+        assert training.finish()["train_seconds"] == entry["seconds"]
+        assert training.run.monitor.seconds == entry["seconds"]
 
 
-def test_metrics_are_the_contracts(run):
-    helpers.write_metrics(run, **NUMBERS)
-    assert json.loads((run / "metrics.json").read_text()) == NUMBERS
-    with pytest.raises(helpers.LabError, match="seed"):
-        helpers.write_metrics(run, **{k: v for k, v in NUMBERS.items() if k != "seed"})
-    with pytest.raises(helpers.LabError, match="extra"):
-        helpers.write_metrics(run, **NUMBERS, extra=1)
+class TestOrderOfCells:
+    def test_a_section_that_was_run_with_other_settings_is_named(self, runs):
+        with pytest.raises(helpers.LabError, match=r"BATCH_SIZE was 40 there and is 60 now\. .* from section 2 Data\."):
+            toy.Training(BATCH_SIZE=60, built=dict(BATCH_SIZE=40))
+        toy.Training(BATCH_SIZE=60, built=dict(BATCH_SIZE=60, WIDTHS=(4, 8)))
+        assert len(list((runs / "toy").iterdir())) == 1, "what was refused should leave no directory"
+
+    def test_settings_that_changed_since_the_opening_are_named(self, runs):
+        training = toy.Training()
+        training.page |= dict(RATE=0.2, NOTE="may change")
+        with pytest.raises(
+            helpers.LabError, match=r"^RATE changed since this run was opened\. Run the cell that opens"
+        ):
+            training.train()
+        training.page["RATE"] = 0.1
+        assert len(training.train().run.history) == 3
+
+    def test_the_loop_run_again_trains_nothing(self, trained):
+        weights = [parameter.detach().clone() for parameter in trained.model.parameters()]
+        with pytest.raises(helpers.LabError, match=r"^All 3 epochs were trained since this run was opened\. Run the"):
+            trained.train()
+        assert all(map(torch.equal, weights, trained.model.parameters()))
+        assert len(trained.run.history) == 3
+
+    def test_the_loop_of_a_run_that_was_closed_is_refused(self, runs):
+        first = toy.Training()
+        second = toy.Training()
+        with pytest.raises(helpers.LabError, match=r"^Another run was opened"):
+            first.train()
+        with pytest.raises(KeyboardInterrupt):
+            second.train(toy.interrupt("step 1 of epoch 2"))
+        second.finish()
+        helpers.show_report(second.run)
+        with pytest.raises(helpers.LabError, match="or the report written"):
+            second.train()
+
+    def test_what_is_tested_is_what_was_trained(self, trained):
+        model, trained.model = trained.model, toy.Net()  # an experiment that uses the page's name
+        assert trained.run.model is model
+        assert trained.finish()["test_loss"] == helpers.evaluate(model, trained.test_loader)[0]
 
 
-def test_checkpoint_round_trip(run):
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    scheduler.step()
-    helpers.save_checkpoint(run, 4, model, [optimizer], [scheduler])
-    checkpoint = helpers.load_checkpoint(run / "checkpoint.pt")
-    assert checkpoint["epoch"] == 4
-    other = nn.Linear(3, 2)
-    other.load_state_dict(checkpoint["model"])
-    assert torch.equal(other.weight, model.weight)
-    optimizer.load_state_dict(checkpoint["optimizers"][0])
-    scheduler.load_state_dict(checkpoint["schedulers"][0])
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.pt", "config.json"]
+def test_out_of_memory_names_the_setting_and_frees_the_memory(runs, fault):
+    training, kept = toy.Training(), []
+
+    def step():
+        activations = torch.zeros(1000)
+        kept.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with fault("CUDA out of memory (the error is raised, there is no GPU)") as seen:
+        with pytest.raises(helpers.LabError, match=r"Tried to allocate 2.*Lower BATCH_SIZE, 40 now") as caught:
+            training.train(lambda moment: step())
+        seen(caught.value)
+    assert kept[0]() is None
 
 
-def test_damaged_or_malicious_checkpoint_is_refused(run, tmp_path):
-    helpers.save_checkpoint(run, 1, nn.Linear(3, 2), [], [])
-    path = run / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(helpers.LabError, match=r"checkpoint\.pt"):
-        helpers.load_checkpoint(path)
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "it-ran"),)
-
-    path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(helpers.LabError, match=r"checkpoint\.pt"):
-        helpers.load_checkpoint(path)
-    assert not (tmp_path / "it-ran").exists()
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 class Constant(nn.Module):
@@ -108,9 +215,9 @@ class Constant(nn.Module):
 
 
 def loader(values, labels, batch_size=3):
-    images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1)
-    split = helpers.Split(images, torch.tensor(labels), ("a", "b"), helpers.Provenance("t", "stand-in", False))
-    return helpers.ResidentLoader(split, batch_size, CPU, torch.zeros(1), torch.ones(1) / 255)
+    images, provenance = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1), helpers.Provenance("t", "", False)
+    split = helpers.Split(images, torch.tensor(labels, dtype=torch.int64), ("a", "b"), provenance)
+    return helpers.Loader(split, batch_size, toy.CPU, torch.zeros(1), torch.ones(1) / 255)
 
 
 def test_evaluate_counts_every_image_once():
@@ -132,30 +239,12 @@ def test_predict_keeps_order_and_restores_mode_after_a_failure():
 
 
 def test_evaluate_of_nothing_is_nan():
-    split = helpers.Split(torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), ("a",), None)
-    empty = helpers.ResidentLoader(split, 3, CPU, torch.zeros(1), torch.ones(1))
-    assert all(math.isnan(number) for number in helpers.evaluate(Constant(), empty))
+    assert all(math.isnan(number) for number in helpers.evaluate(Constant(), loader([], [])))
 
 
-def test_confusion_matrix():
-    logits = torch.tensor([[2.0, 1, 0], [0, 2, 1], [0, 2, 1], [0, 1, 2]])
-    matrix = helpers.confusion_matrix(logits, torch.tensor([0, 1, 2, 2]))
-    assert matrix.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
-
-
-class TestProgress:
-    def test_silent_where_nobody_watches(self, capsys, monkeypatch):
-        monkeypatch.setattr(helpers, "watched", lambda: False)
-        assert list(helpers.Progress(epochs=1)([1, 2, 3])) == [1, 2, 3]
-        assert list(helpers.Progress(epochs=1)(iter([1, 2, 3]), [1, 2, 3])) == [1, 2, 3]
-        captured = capsys.readouterr()
-        assert captured.out + captured.err == ""
-
-    def test_one_live_line_on_a_terminal_that_disappears(self, capsys, monkeypatch):
-        monkeypatch.setattr(helpers, "watched", lambda: True)
-        list(helpers.Progress(epochs=2)([1, 2, 3]))
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert "remaining" in captured.err
-        assert captured.err.endswith("\r\033[K")
-        assert "\n" not in captured.err
+@pytest.mark.parametrize(
+    ("accuracy", "count", "expected"),
+    [(0.9, 100, (0.8256, 0.9448)), (1.0, 10, (0.7225, 1.0)), (0.0, 10, (0.0, 0.2775))],
+)
+def test_confidence_interval(accuracy, count, expected):
+    assert helpers.confidence_interval(accuracy, count) == pytest.approx(expected, abs=1e-4)

@@ -5,10 +5,8 @@ Processes come from a fork server that has imported the large libraries, so that
 
 import contextlib
 import functools
-import itertools
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -20,11 +18,9 @@ from pathlib import Path
 import torch
 import tqdm
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import helpers
-import notebooks
 
 CPU = torch.device("cpu")
 SETTINGS = dict(EPOCHS=3, BATCH_SIZE=40, SEED=1, RATE=0.1, WIDTHS=(4, 8), NOTE="", RESUME="")
@@ -187,29 +183,6 @@ def train_on_a_full_disk(disk):
     metrics = training.finish()
     training.run.close()
     return metrics, helpers.load_checkpoint(training.run.path / "checkpoint.pt")["epoch"]
-
-
-def train_page(name, copy=None):
-    """Execute a page's cells up to its loop; return the run's path. In the middle of the second epoch the directory is
-    copied to `copy`: what is left of it if the process is killed there.
-    """
-    steps = itertools.count(1)
-
-    def count(*_):
-        run = helpers.Run.current
-        if run and len(run.history) == 1 and next(steps) == 5:
-            shutil.copytree(run.path, copy)
-
-    hook = register_optimizer_step_post_hook(count) if copy else None
-    page = {"__name__": "__main__"}
-    for cell in notebooks.code_cells(name):
-        notebooks.execute(cell.source, page)
-        if "in run.epochs(" in cell.source:
-            break
-    if hook:
-        hook.remove()
-    helpers.Run.current.close()
-    return page["run"].path
 
 
 # --------------------------------------------------------------------------------------------------------- processes
