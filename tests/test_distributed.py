@@ -189,14 +189,14 @@ def test_launch_runs_a_page_in_two_processes_and_leaves_nothing(tmp_path, capsys
 
 
 def test_launch_shows_the_failing_ranks_traceback(tmp_path, capsys):
-    code = "time.sleep(1)\nif world.rank == 1:\n    raise ZeroDivisionError('of rank one')\ntime.sleep(60)"
+    code = "time.sleep(1)\nif world.rank == 1:\n    raise ZeroDivisionError('of rank one')\ntime.sleep(600)"
     begin, before = time.monotonic(), children()
     with pytest.raises(helpers.LabError, match="in 2 processes failed; the output above says in which rank and why"):
         helpers.launch(notebook(tmp_path / "a.ipynb", JOIN + code), 2)
     printed = capsys.readouterr().out
     assert "[rank 1]" in printed
     assert "raise ZeroDivisionError('of rank one')" in printed, "the line should be shown"
-    assert time.monotonic() - begin < 50
+    assert time.monotonic() - begin < 120, "the others should not be waited for"
     assert children() == before
 
 
