@@ -111,8 +111,17 @@ def test_run_all_cells_in_jupyterlab(name, lab, browser):
     drawn = "return [...document.querySelectorAll('.jp-OutputArea img')].map(image => image.naturalWidth)"
     widths = wait(lambda: browser.execute_script(drawn), 20)
     assert min(widths) > 200
+    follow_links(browser)
     if name == "MNIST.ipynb":
         draw_a_digit(browser)
+
+
+def follow_links(browser):
+    """Each link of the table of contents brings its section into view. (JupyterLab must have drawn it before.)"""
+    for number in range(1, 16):
+        browser.execute_script(f"document.querySelector('.jp-Notebook a[href$=\"#section-{number}\"]').click()")
+        top = f"document.querySelector('[data-jupyter-id=section-{number}]').getBoundingClientRect().top"
+        wait(lambda top=top: browser.execute_script(f"return {top} > 0 && {top} < window.innerHeight"), 20)
 
 
 def draw_a_digit(browser):
