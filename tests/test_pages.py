@@ -2,6 +2,8 @@
 
 import functools
 import importlib.metadata
+import math
+import unittest.mock
 
 import pytest
 import torch
@@ -162,6 +164,18 @@ class TestMuon:
         other.load_state_dict(optimizer.state_dict())
         assert torch.equal(other.state[weight]["momentum"], optimizer.state[weight]["momentum"])
         assert other.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_curves_can_be_drawn_before_the_first_epoch_is_whole(name):
+    [cell] = [cell for cell in notebooks.code_cells(name) if "helpers.curves(run.history)" in cell.source]
+    run, shown = unittest.mock.Mock(history=[]), unittest.mock.Mock()
+    names = dict(helpers=shown, run=run, provenance=None, math=math, classes="0123456789", chance=2.3)
+    exec(cell.source, names)
+    shown.show.assert_called_once()
+    run.history.append({"loss/train": 99.0})
+    with pytest.raises(AssertionError, match="the training diverged"):
+        exec(cell.source, names)
 
 
 def test_requirements_are_met_and_each_has_a_bound_and_a_reason():
