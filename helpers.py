@@ -322,9 +322,8 @@ def reuse_memory() -> bool:
     Else glibc takes new pages from the system for each large tensor: 143,000 page faults in one training step of
     CIFAR.ipynb on a CPU. GPUs are not affected. See mallopt(3) for M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1).
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    return bool(ctypes.CDLL(None).mallopt(-4, 0) and ctypes.CDLL(None).mallopt(-1, -1))
+    library = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    return bool(library and library.mallopt(-4, 0) and library.mallopt(-1, -1))
 
 
 def compile_model(model: nn.Module, examples: list[torch.Tensor], precision: str = "fp32") -> None:
@@ -1072,7 +1071,8 @@ class Run:
         self.state = (self.path / "checkpoint.pt").read_bytes() if resumed else self._pack()
         self._unpack()
         others = threading.excepthook  # it would print the stack of TensorBoard's thread, which a full disk stops
-        threading.excepthook = lambda what: None if isinstance(what.exc_value, OSError) else others(what)
+        if others.__module__ != __name__:  # an earlier run has replaced it already
+            threading.excepthook = lambda what: None if isinstance(what.exc_value, OSError) else others(what)
         if not _world().rank:
             from torch.utils.tensorboard import SummaryWriter
             from torch.utils.tensorboard.summary import hparams
@@ -1298,7 +1298,7 @@ class Run:
     def finish(self, test_accuracy: float, test_loss: float, **more) -> dict:
         """Write metrics.json, of what was trained, and return it; `more` are further results."""
         reasons = _from_all_ranks(self.monitor.reasons.get("gpu/utilization_percent"))
-        reason = next((f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason), None)
+        reason = next((f"rank {n}: " * (len(reasons) > 1) + why for n, why in enumerate(reasons) if why), None)
         reason = reason if self.monitor.kind == "gpu" else "no NVIDIA GPU in use"
         seconds, (_, numbers) = self.monitor.seconds, _utilization(self.history, reason)
         rate = len(self.history) * self.loader.count / seconds if seconds else None

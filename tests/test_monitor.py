@@ -122,6 +122,7 @@ def test_what_cannot_be_measured_is_null_with_a_reason(failing, error, after, re
         seen(metrics["gpu_utilization_reason"])
     assert metrics["gpu_utilization"] is None
     assert reason in metrics["gpu_utilization_reason"]
+    assert not metrics["gpu_utilization_reason"].startswith("rank"), "one process alone has no rank to name"
     line = str(run).splitlines()[1]
     assert line.startswith("Utilisation: n/a (")
     assert reason in line

@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -257,9 +258,10 @@ class TestOneProcess:
         assert len(again.train().run.history) == 3
 
     def test_a_second_run_in_this_process_closes_the_first(self, interrupted, start):
-        path = interrupted.run.path
+        path, hook = interrupted.run.path, threading.excepthook
         second = toy.Training()
         assert helpers.Run.current is second.run
+        assert threading.excepthook is hook, "the hook for threads should be replaced once, not by each run"
         interrupted.run.event("scalar", "late", 1.0, 1)  # nothing, and no error
         other = start(toy.train, RESUME=str(path))
         assert other.result() == path, "the first one's lock should be free"
