@@ -119,9 +119,10 @@ def test_run_all_cells_in_jupyterlab(name, lab, browser):
 def follow_links(browser):
     """Each link of the table of contents brings its section into view. (JupyterLab must have drawn it before.)"""
     for number in range(1, 16):
+        top = f"return document.querySelector('[data-jupyter-id=section-{number}]')?.getBoundingClientRect().top"
+        wait(lambda top=top: browser.execute_script(top) is not None, 60)
         browser.execute_script(f"document.querySelector('.jp-Notebook a[href$=\"#section-{number}\"]').click()")
-        top = f"document.querySelector('[data-jupyter-id=section-{number}]').getBoundingClientRect().top"
-        wait(lambda top=top: browser.execute_script(f"return {top} > 0 && {top} < window.innerHeight"), 20)
+        wait(lambda top=top: 0 < browser.execute_script(top) < browser.get_window_size()["height"], 20)
 
 
 def draw_a_digit(browser):
