@@ -20,6 +20,7 @@ import bench
 import helpers
 import notebooks
 
+CLASSIC = notebooks.definitions("CIFAR.ipynb")  # its ClassicDataset and images_per_second
 SIZES = {"MNIST.ipynb": 55_000, "CIFAR.ipynb": 45_000}  # training images of the pages
 BEFORE = "805afbc"
 
@@ -40,7 +41,7 @@ def pipelines(notebook: str, page: dict, before) -> dict:
     """Return the input pipelines to compare, by name: all shift, mirror and normalise as the page does."""
     split, batch_size, flip = bench.stand_in(notebook, SIZES[notebook]), page["BATCH_SIZE"], notebook == "CIFAR.ipynb"
     moments = bench.statistics_of(split)
-    classic = helpers.ClassicDataset(split, **moments, flip=flip, translate=page["TRANSLATE"])
+    classic = CLASSIC["ClassicDataset"](split, **moments, flip=flip, translate=page["TRANSLATE"])
     found = {
         f"classic, {workers} workers": torch.utils.data.DataLoader(classic, batch_size, True, num_workers=workers)
         for workers in (0, 2)
@@ -74,7 +75,7 @@ def rates(arguments) -> None:
         found = pipelines(notebook, page, before)
         images, labels = next(iter(found["loader"]))
         rounds = [
-            {name: helpers.images_per_second(one, device, arguments.seconds) for name, one in found.items()}
+            {name: CLASSIC["images_per_second"](one, device, arguments.seconds) for name, one in found.items()}
             | {"step": step_seconds(page, images, labels, arguments.seconds)}
             for _ in range(arguments.repeats)
         ]
@@ -100,7 +101,7 @@ def growth(arguments) -> None:
         loader = bench.loader(split, 500, shuffle=True, augment=page["augment"])
         tensors = [value for value in vars(loader).values() if torch.is_tensor(value)]
         held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-        found = [helpers.images_per_second(loader, device, arguments.seconds) for _ in range(arguments.repeats)]
+        found = [CLASSIC["images_per_second"](loader, device, arguments.seconds) for _ in range(arguments.repeats)]
         row = [f"{len(split):,}", f"{statistics.median(found):,.0f}", f"{held / 2**20:,.0f} MiB"]
         rows.append([*row, f"{held / split.images.nbytes:.2f} ×"])
     header = ["training images", "images/s", "memory on the device", "against the images alone"]

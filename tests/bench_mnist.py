@@ -13,6 +13,7 @@ import bench
 import helpers
 import notebooks
 
+CLASSIC = notebooks.definitions("CIFAR.ipynb")  # its ClassicDataset
 MOMENTS = dict(mean=torch.tensor([0.1307]), std=torch.tensor([0.3081]))
 
 
@@ -32,7 +33,7 @@ class ClassicNet(nn.Module):
 def train_classic(train, test_loader, seed, target, epochs):
     """Return the seconds of training until the test accuracy is `target`, and that accuracy (Adadelta, PIL)."""
     torch.manual_seed(seed)
-    loader = torch.utils.data.DataLoader(helpers.ClassicDataset(train, **MOMENTS), batch_size=64, shuffle=True)
+    loader = torch.utils.data.DataLoader(CLASSIC["ClassicDataset"](train, **MOMENTS), batch_size=64, shuffle=True)
     model, criterion, seconds = ClassicNet(), nn.CrossEntropyLoss(), 0.0
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)

@@ -1,4 +1,4 @@
-"""Train the experiments of a notebook's section 10 and store them where the page reads them.
+"""Train the experiments of a notebook's section 10 and store them, for the tables on the page.
 
     LAB_DATASET=… python tests/experiments.py cifar|mnist [--seeds N] [--names "name,name"] [--rows "row,row"]
 
@@ -51,6 +51,9 @@ def main() -> None:
     page["train_part"], page["validation_part"] = helpers.hold_out(data, page["VALIDATION"], page["SEED"])
     page |= {"device": device, "provenance": data.provenance, "classes": data.classes, "world": helpers.join_world()}
     page |= {"layout": torch.channels_last, "criterion": torch.nn.CrossEntropyLoss(), "precision": "fp32"}
+    pixels = page["train_part"].images[:10_000].float() / 255
+    page |= {"mean": pixels.mean(dim=(0, 2, 3)), "std": pixels.std(dim=(0, 2, 3))}
+    page |= {"training": dict(shuffle=True, augment=page["augment"], seed=page["SEED"])}
     page |= {"summary": {}, "run": unittest.mock.Mock()}
     machine = f"{helpers.device_name(device)}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     measured = f"{arguments.seeds} seeds; {machine}; {time.strftime('%Y-%m-%d')}"
@@ -83,19 +86,20 @@ def chosen(kind: str, text: str, known: list[str]) -> list[str]:
 
 
 def train_cell(page: dict, name: str, source: str, keep) -> None:
-    """Execute a cell of the page; what it asks `helpers.experiment` for is trained here, and kept."""
+    """Execute a cell of the page; what it asks `experiment` for is trained here, and kept."""
 
-    def experiment(run, name, variants, train, *, again, seeds, setting):
-        start, results = time.perf_counter(), {}
+    def experiment(called, variants):
+        if called != name:  # another one of the same cell
+            return
+        start, results, seeds = time.perf_counter(), {}, page["EXPERIMENT_SEEDS"]
         for variant, options in list(variants.items())[: 2 if helpers.flag("FAST") else None]:
-            results[variant] = [train(seed=seed, **options) for seed in range(1, seeds + 1)]
+            results[variant] = [page["train_variant"](seed, **options) for seed in range(1, seeds + 1)]
             print(f"{name}, {variant}: {'  '.join(f'{accuracy:.2%}' for accuracy in results[variant])}", flush=True)
         rounded = {str(variant): [round(a, 4) for a in accuracies] for variant, accuracies in results.items()}
-        keep(name, setting, rounded, seconds=round(time.perf_counter() - start, 1))
+        keep(name, f"{page['EXPERIMENT_IMAGES']:,} images", rounded, seconds=round(time.perf_counter() - start, 1))
         return results
 
-    with unittest.mock.patch.object(helpers, "experiment", experiment):
-        exec(source, page)
+    exec(source, page | {"experiment": experiment})
 
 
 def train_recipe(page: dict, data, rows: list[str], seeds: int, variants: dict, keep) -> None:

@@ -60,6 +60,6 @@ def page(name: str, **replaced) -> dict:
 
 
 def experiment_cells(name: str) -> dict[str, str]:
-    """The sources of the cells that call the page's `experiment`, by the experiment's name."""
-    found = {cell.source: re.search(r"= experiment\(\"(.+?)\"", cell.source) for cell in code_cells(name)}
-    return {match[1]: source for source, match in found.items() if match}
+    """The sources of the cells that call the page's `experiment`, by the experiments' names."""
+    call = re.compile(r"^experiment\(\"(.+?)\"", re.MULTILINE)
+    return {found: cell.source for cell in code_cells(name) for found in call.findall(cell.source)}

@@ -48,6 +48,9 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     for name in (*notebooks.NAMES, "helpers.py"):
         shutil.copy(notebooks.ROOT / name, folder)
+    (folder / "tests").mkdir()
+    for name in ("__init__.py", "checks.py"):
+        shutil.copy(notebooks.ROOT / "tests" / name, folder / "tests")
     shutil.copytree(notebooks.ROOT / "runs" / "reference", folder / "runs" / "reference")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -103,7 +106,6 @@ def test_run_all_cells_in_jupyterlab(name, lab, browser):
     assert [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"] == []
     pages = [o["data"]["text/html"] for o in outputs if "text/html" in o.get("data", {})]
     assert any("localhost" in "".join(page) and "<iframe" in "".join(page) for page in pages)  # TensorBoard
-    assert any("srcdoc" in "".join(page) for page in pages)  # the report
     count = browser.execute_script("return jupyterapp.shell.currentWidget.content.widgets.length")
     for index in (count // 2, count - 1):
         browser.execute_script(f"jupyterapp.shell.currentWidget.content.scrollToItem({index}, 'center')")
@@ -111,14 +113,14 @@ def test_run_all_cells_in_jupyterlab(name, lab, browser):
     drawn = "return [...document.querySelectorAll('.jp-OutputArea img')].map(image => image.naturalWidth)"
     widths = wait(lambda: browser.execute_script(drawn), 20)
     assert min(widths) > 200
-    follow_links(browser)
+    follow_links(browser, 12 if name == "MNIST.ipynb" else 15)
     if name == "MNIST.ipynb":
         draw_a_digit(browser)
 
 
-def follow_links(browser):
+def follow_links(browser, sections):
     """Each link of the table of contents brings its section into view. (JupyterLab must have drawn it before.)"""
-    for number in range(1, 16):
+    for number in range(1, sections + 1):
         top = f"return document.querySelector('[data-jupyter-id=section-{number}]')?.getBoundingClientRect().top"
         wait(lambda top=top: browser.execute_script(top) is not None, 60)
         browser.execute_script(f"document.querySelector('.jp-Notebook a[href$=\"#section-{number}\"]').click()")

@@ -78,12 +78,11 @@ class TestMnist:
         assert not isinstance(caught.value, helpers.DataUnavailable)  # it would be replaced by a stand-in
         assert path.read_bytes() == bad
 
-    @pytest.mark.parametrize("place", ["MNIST/raw", "MNIST", "."])
-    def test_good_archive_heals_a_damaged_file(self, mnist, data, place):
+    def test_good_archive_heals_a_damaged_file(self, mnist, data):
         path = data / "MNIST" / "raw" / "train-images-idx3-ubyte"
         good = path.read_bytes()
         path.write_bytes(good[:100])
-        (data / place / "train-images-idx3-ubyte.gz").write_bytes(mnist["train-images-idx3-ubyte.gz"])
+        path.with_name(f"{path.name}.gz").write_bytes(mnist["train-images-idx3-ubyte.gz"])
         assert helpers.load("MNIST", train=True, shape=GREY).provenance.verified
         assert path.read_bytes() == good
 
@@ -106,9 +105,9 @@ class TestMnist:
         monkeypatch.setenv("LAB_OFFLINE", "0")
         monkeypatch.setitem(helpers.MIRRORS, "MNIST", "")
         monkeypatch.setitem(helpers.SIZES, "MNIST", (300, 100))
-        refused = holding == "a damaged file"
+        refused = {"a damaged file": "does not match", "good archives": "Set LAB_DATA to a folder"}.get(holding)
         with fault(f"read-only data folder with {holding}") as seen, contextlib.ExitStack() as stack:
-            caught = stack.enter_context(pytest.raises(helpers.LabError, match="does not match")) if refused else None
+            caught = stack.enter_context(pytest.raises(helpers.LabError, match=refused)) if refused else None
             provenance, printed = in_child(read_as_told, nobody=True)
             seen(printed.strip("!\n") or provenance)
         if refused:
@@ -126,7 +125,7 @@ class TestMnist:
     def test_files_without_checksums_that_are_no_mnist_are_refused(self, mnist, data, kind, content):
         (data / "MNIST").rename(data / "FashionMNIST")  # whose raw files were published without checksums
         (data / "FashionMNIST" / "raw" / f"train-{kind}-ubyte").write_bytes(content)
-        with pytest.raises(helpers.LabError, match=r"FashionMNIST: .* pixels and .* labels"):
+        with pytest.raises(helpers.LabError, match=r"FashionMNIST: the files in .* are damaged"):
             helpers.load("FashionMNIST", train=True, shape=GREY)
 
     def test_label_out_of_range_is_refused(self, mnist, data, fault):
@@ -134,7 +133,7 @@ class TestMnist:
         path = data / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
         path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
         with fault("label out of range") as seen:
-            with pytest.raises(helpers.LabError, match="from 0 to 9") as caught:
+            with pytest.raises(helpers.LabError, match="labels up to 11") as caught:
                 helpers.load("FashionMNIST", train=True, shape=GREY)
             seen(caught.value)
 
@@ -178,9 +177,6 @@ class TestCifar:
         assert split.images.shape == ((200 if name == "CIFAR100" else 5 * 16), 3, 32, 32)
         assert split.provenance == helpers.Provenance(name, "official", True)
         assert split.classes[3] == "class 3"
-        if name == "CIFAR100":
-            assert torch.equal(split.coarse, torch.arange(100) % 20)
-            assert len(split.coarse_classes) == 20
         (data / table.filename).unlink()
         again = helpers.load(name, train=True, shape=COLOR)  # now from the folder
         assert torch.equal(again.images, split.images)
@@ -235,7 +231,7 @@ def image_folder(tmp_path, monkeypatch):
 
 
 class TestImageFolder:
-    def test_reads_and_caches(self, image_folder, monkeypatch):
+    def test_reads_every_image_each_time(self, image_folder):
         split = helpers.load(str(image_folder), train=True, shape=COLOR)
         assert split.images.shape == (6, 3, 32, 32)
         assert split.classes == ("cat", "狗")
@@ -243,11 +239,6 @@ class TestImageFolder:
         assert split.provenance == helpers.Provenance("pets", "image-folder", False)
         expected = np.asarray(Image.open(image_folder / "train" / "cat" / "0.png"))
         assert np.array_equal(split.images[0].permute(1, 2, 0).numpy(), expected)
-        monkeypatch.setattr(helpers, "read_image", None)  # the second start decodes nothing
-        assert torch.equal(helpers.load(str(image_folder), train=True, shape=COLOR).images, split.images)
-
-    def test_changed_image_is_read_again(self, image_folder):
-        helpers.load(str(image_folder), train=True, shape=COLOR)
         Image.new("RGB", (32, 32), "red").save(image_folder / "train" / "cat" / "0.png")
         assert helpers.load(str(image_folder), train=True, shape=COLOR).images[0, 0].min() == 255
 
@@ -255,20 +246,6 @@ class TestImageFolder:
         Image.new("RGBA", (50, 40), "blue").save(image_folder / "train" / "cat" / "0.png")
         assert helpers.load(str(image_folder), train=True, shape=COLOR).images.shape == (6, 3, 32, 32)
         assert helpers.load(str(image_folder), train=False, shape=GREY).images.shape == (6, 1, 28, 28)
-
-    @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"", lambda data: b"?" * 200])
-    def test_a_damaged_cache_is_made_again(self, image_folder, damage, tmp_path):
-        split = helpers.load(str(image_folder), train=True, shape=COLOR)
-        [cache] = (tmp_path / "data" / "cache").iterdir()
-        good = cache.read_bytes()
-        cache.write_bytes(damage(good))
-        assert torch.equal(helpers.load(str(image_folder), train=True, shape=COLOR).images, split.images)
-        assert cache.read_bytes() == good
-
-    def test_without_a_place_for_the_cache_it_is_read_and_said(self, image_folder, tmp_path, capsys):
-        (tmp_path / "data").write_text("a file where the folder should be")
-        assert len(helpers.load(str(image_folder), train=True, shape=COLOR)) == 6
-        assert "are not cached" in capsys.readouterr().out
 
     def check_refused(self, folder, name, words, fault):
         with fault(name) as seen:

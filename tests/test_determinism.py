@@ -44,7 +44,6 @@ def test_deterministic_forbids_what_may_differ_and_can_be_taken_back():
     torch.backends.cudnn.benchmark = True
     helpers.set_seed(1, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.backends.cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     helpers.set_seed(1)
     assert not torch.are_deterministic_algorithms_enabled()

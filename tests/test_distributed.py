@@ -6,9 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -93,7 +91,7 @@ class TestRun:
         metrics = json.loads((path / "metrics.json").read_text())
         assert (metrics["world_size"], metrics["epochs"]) == (2, 3)
         assert metrics["images_per_second"] == pytest.approx(3 * 200 / metrics["train_seconds"])
-        assert {sample.get("rank", 0) for sample in history[0]["samples"]} == {0, 1}, "all devices are watched"
+        assert history[0]["samples"], "the first process's device is watched"
 
     def test_killed_and_resumed_equals_undisturbed(self, together, start, runs):
         path, history, weights = together(ranks.train)[0]
@@ -112,9 +110,8 @@ class TestRun:
 
     def test_mistakes_are_errors_of_all_processes(self, together):
         expected = [
-            "Settings differ between the processes: {'RATE': [0.1, 1.1]}.",
-            "LAB_RESUME=latest: no unfinished run",
-            "LAB_BATCH_SIZE=41 cannot be shared by 2 processes",
+            "LAB_RESUME=nowhere: there is no checkpoint.pt",
+            "LAB_BATCH_SIZE=41: must be from 1 to",
             "LAB_DATASET='nowhere' is none of",
         ]
         for errors in together(ranks.mistakes):
@@ -124,15 +121,18 @@ class TestRun:
 class TestJoining:
     def test_alone_everything_is_the_identity(self):
         model, tensors = torch.nn.Linear(2, 2), (torch.ones(3), torch.tensor(2))
-        assert helpers.join_world() == helpers.World(0, 1, 0)
+        assert helpers.join_world() == helpers.World(0, 1)
         assert helpers.distribute(model) is model
         assert all(a is b for a, b in zip(helpers.sum_over_ranks(*tensors), tensors, strict=True))
 
     def test_more_processes_than_gpus(self, monkeypatch):
         for name, value in toy.ranks(4)[0].items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        with pytest.raises(helpers.LabError, match=r"4 processes on this machine, but 2 GPU.*--nproc-per-node=2"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(
+            torch.cuda, "set_device", lambda device: (_ for _ in ()).throw(RuntimeError("invalid device"))
+        )
+        with pytest.raises(helpers.LabError, match=r"Not all 4 processes came .*invalid device"):
             helpers.join_world()
 
     def test_the_others_never_come(self, start):
@@ -149,7 +149,7 @@ class TestJoining:
             assert "address already in use" in start(ranks.join, 3, variables=place).result()
 
 
-# ----------------------------------------------------------------------------------------------------- torchrun, launch
+# ------------------------------------------------------------------------------------------------------------- torchrun
 
 
 def notebook(path, *sources):
@@ -167,19 +167,24 @@ def children():
     return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
-def test_launch_runs_a_page_in_two_processes_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    """The page's first eight sections; in the launched processes nothing more is launched."""
-    monkeypatch.setenv("JPY_SESSION_NAME", "MNIST.ipynb")
+def torchrun(path, **variables):
+    """Run a notebook in two processes; return the exit code and what was printed."""
+    command = [*TORCHRUN, "-m", "IPython", "--colors=NoColor", path]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    job = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return job.returncode, job.stdout
+
+
+def test_a_page_runs_in_two_processes_and_leaves_nothing(tmp_path):
+    """The page's first eight sections."""
     before, sources = children(), [cell.source for cell in notebooks.code_cells("MNIST.ipynb")]
     end = next(place for place, source in enumerate(sources) if "run.finish(" in source)
-    again = "helpers.show_report(run)\nhelpers.launch('again.ipynb', 2)"
-    path = notebook(
-        tmp_path / "a.ipynb", f"import sys; sys.path.insert(0, {str(helpers.HERE)!r})", *sources[: end + 1], again
-    )
-    helpers.launch(path, 2, RUNS=tmp_path / "launched", EPOCHS=2, BATCH_SIZE=100)
-    printed = capsys.readouterr().out
+    sources = [f"import sys; sys.path.insert(0, {str(helpers.HERE)!r})", *sources[: end + 1]]
+    sources.append(next(cell.source for cell in notebooks.code_cells("MNIST.ipynb") if "write_report" in cell.source))
+    path, variables = notebook(tmp_path / "a.ipynb", *sources), dict(LAB_EPOCHS="2", LAB_BATCH_SIZE="100")
+    code, printed = torchrun(path, LAB_RUNS=str(tmp_path / "launched"), **variables)
+    assert code == 0, printed
     assert printed.count("epoch  2") == printed.count("not interactive: TensorBoard is not started") == 1
-    assert printed.count("This is process 0 of 2 already: nothing more is started.") == 1
     [run] = (tmp_path / "launched" / "mnist").iterdir()
     metrics = json.loads((run / "metrics.json").read_text())
     assert (metrics["world_size"], metrics["epochs"]) == (2, 2)
@@ -188,46 +193,18 @@ def test_launch_runs_a_page_in_two_processes_and_leaves_nothing(tmp_path, capsys
     assert children() == before
 
 
-def test_launch_shows_the_failing_ranks_traceback(tmp_path, capsys):
+def test_the_failing_ranks_traceback_is_shown(tmp_path):
     code = "time.sleep(1)\nif world.rank == 1:\n    raise ZeroDivisionError('of rank one')\ntime.sleep(600)"
     begin, before = time.monotonic(), children()
-    with pytest.raises(helpers.LabError, match="in 2 processes failed; the output above says in which rank and why"):
-        helpers.launch(notebook(tmp_path / "a.ipynb", JOIN + code), 2)
-    printed = capsys.readouterr().out
+    returned, printed = torchrun(notebook(tmp_path / "a.ipynb", JOIN + code))
+    assert returned != 0
     assert "[rank 1]" in printed
     assert "raise ZeroDivisionError('of rank one')" in printed, "the line should be shown"
     assert time.monotonic() - begin < 120, "the others should not be waited for"
     assert children() == before
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_launch_interrupted_leaves_no_process(tmp_path):
-    begun, before = tmp_path / "begun-1", children()
-    code = f"import os, time; open({str(tmp_path)!r} + '/begun-' + os.environ['RANK'], 'w'); time.sleep(600)"
-
-    def interrupt():
-        end = time.monotonic() + 60
-        while not begun.exists() and time.monotonic() < end:
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
-    try:
-        threading.Thread(target=interrupt).start()
-        with pytest.raises(KeyboardInterrupt):
-            helpers.launch(notebook(tmp_path / "a.ipynb", code), 2)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert begun.exists()
-    assert children() == before
-
-
-def test_a_killed_rank_is_restarted_and_the_job_resumes_its_own_run(runs):
-    decoy = toy.Training(EPOCHS=4)  # an unfinished run of another job, which is newer than the job's own
-    with pytest.raises(KeyboardInterrupt):
-        decoy.train(toy.interrupt("step 1 of epoch 2"))
-    decoy.run.close()
-    os.utime(decoy.run.path / "checkpoint.pt", (time.time() + 1000,) * 2)
+def test_a_killed_rank_is_restarted_and_the_job_goes_on_with_its_run(runs):
     command = [*TORCHRUN, "--max-restarts=1", str(notebooks.ROOT / "tests" / "toy.py")]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -235,37 +212,8 @@ def test_a_killed_rank_is_restarted_and_the_job_resumes_its_own_run(runs):
     finally:
         job.terminate()  # torchrun ends its processes then
     assert job.returncode == 0, output
-    [run] = set((runs / "toy").iterdir()) - {decoy.run.path}
+    [run] = (runs / "toy").iterdir()
     assert f"resuming {run.name}" in output
     points = EventAccumulator(str(run)).Reload().Scalars("loss/train")
     assert [point.step for point in points] == [5, 10, 15, 20]
     assert json.loads((run / "metrics.json").read_text())["epochs"] == 4
-    assert not (decoy.run.path / "metrics.json").exists()
-
-
-@pytest.mark.parametrize("name", notebooks.NAMES)
-def test_the_page_sets_its_rate_beside_the_launched_runs(name, tmp_path, monkeypatch):
-    asked, tables = [], {}
-
-    def launch(notebook, processes, **settings):
-        asked.append((notebook, processes, settings["EPOCHS"]))
-        finish("launched", processes, 1500.0)
-
-    def finish(run, size, rate):
-        (tmp_path / run).mkdir()
-        (tmp_path / run / "metrics.json").write_text(json.dumps({"world_size": size, "images_per_second": rate}))
-
-    finish("an older one", 8, 9000.0)
-    finish("this", 1, 1000.0)
-    monkeypatch.setattr(helpers, "launch", launch)
-    [cell] = [cell for cell in notebooks.code_cells(name) if "helpers.launch(" in cell.source]
-    page = notebooks.page(name, EPOCHS=3, PROCESSES=2)
-    page |= dict(SETTINGS=helpers.Settings({"EPOCHS": 3}, ["EPOCHS"], set()), world=helpers.World(), json=json)
-    page |= dict(
-        run=SimpleNamespace(path=tmp_path / "this", add=tables.__setitem__), metrics={"images_per_second": 1000.0}
-    )
-    exec(cell.source, page)
-    assert asked == [(name, 2, 3)]
-    assert [list(map(str, row)) for row in tables["tables/processes"][1:]] == [
-        *(["1", "1,000", "1.00 ×"], ["2", "1,500", "1.50 ×"])
-    ]

@@ -70,7 +70,7 @@ class TestOwnImages:
         """A function that runs the cell on a path; returns the digits that it made, and their titles."""
         grids = []
         monkeypatch.setattr(helpers, "image_grid", lambda images, titles, **options: grids.append((images, titles)))
-        monkeypatch.setattr(helpers, "show", lambda *arguments: None)
+        monkeypatch.setattr(helpers, "show", lambda *arguments, **options: None)
         [cell] = [cell.source for cell in notebooks.code_cells("MNIST.ipynb") if "if OWN_IMAGES:" in cell.source]
 
         def show(path):

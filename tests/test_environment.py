@@ -1,4 +1,4 @@
-"""Device, precision and the environment check, against recorded facts of machines that nobody has here."""
+"""Device, precision and the environment check, against what machines answer that nobody has here."""
 
 import contextlib
 import sys
@@ -8,90 +8,50 @@ import torch
 
 import helpers
 
-CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch.cuda.get_arch_list(), cu130
-CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]  # the same, cu126
-HEALTHY = {
-    "python": "3.11.7",
-    "torch": "2.14.1+cu130",
-    "torchvision": "0.29.1+cu130",
-    "cuda_build": "13.0",
-    "driver": "580.65.06",
-    "driver_gpus": ["NVIDIA A100-SXM4-40GB"],
-    "device": "NVIDIA A100-SXM4-40GB",
-    "device_type": "cuda",
-    "capability": (8, 0),
-    "arch_list": CU130,
-    "memory_gib": 39.4,
-}
-NO_CUDA = {"device_type": "cpu", "capability": None, "arch_list": []}
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that sets what this machine has: a CUDA build of torch or none, and an NVIDIA driver or none."""
+
+    def install(build, driver):
+        monkeypatch.setattr("torch.version.cuda", build)
+        monkeypatch.setattr("shutil.which", lambda name: driver and f"/usr/bin/{name}")
+
+    return install
 
 
 @pytest.mark.parametrize(
-    ("change", "problem", "fix", "fatal"),
+    ("build", "driver", "problem"),
     [
-        ({"capability": (7, 0), "device": "Tesla V100"}, "no kernels for Tesla V100", "cu126", True),
-        ({"capability": (9, 0), "arch_list": ["sm_80", "sm_100"]}, "no kernels", "cu126", True),
-        ({"capability": (10, 0), "arch_list": CU126, "cuda_build": "12.6"}, "no kernels", "cu130", True),
-        ({"torchvision": "does not import: operator torchvision::nms does not exist"}, "nms", "cu130", True),
-        ({"torchvision": "not installed"}, "not installed", "cu130", True),
-        ({**NO_CUDA, "torch": "2.14.1+cpu", "cuda_build": None}, "CPU build", "cu126", False),
-        ({**NO_CUDA, "driver": "535.183.01"}, "too old", "cu126", False),
-        ({**NO_CUDA, "driver": "470.256.02"}, "too old", "update the NVIDIA driver", False),
-        (NO_CUDA, "CUDA_VISIBLE_DEVICES", "unset", False),
+        (None, True, "it is a CPU build"),
+        ("13.0", True, "the driver is too old"),
+        ("13.0", False, ""),
+        (None, False, ""),
     ],
 )
-def test_each_problem_comes_with_the_command_that_fixes_it(change, problem, fix, fatal, capsys):
-    if fatal:
-        with pytest.raises(helpers.LabError) as caught:
-            helpers.check_environment(HEALTHY | change)
-        said = str(caught.value)
-    else:
-        helpers.check_environment(HEALTHY | change)  # the training can go on
-        said = capsys.readouterr().out.partition("SLOWER THAN IT COULD BE\n")[2]
-    [found, command] = said.strip().splitlines()
-    assert problem in found
-    assert fix in command.partition("To fix it:")[2]
+def test_an_idle_gpu_comes_with_the_command_that_puts_it_to_use(build, driver, problem, machine, capsys):
+    machine(build, driver)
+    helpers.check_environment()  # the training can go on
+    said = capsys.readouterr().out.partition("SLOWER THAN IT COULD BE")[2]
+    assert problem in said
+    assert bool(said) == bool(problem)
+    assert not said or "pip install --force-reinstall torch torchvision" in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"capability": (7, 5), "device": "Tesla T4"},
-        {"capability": (7, 5), "device": "NVIDIA GeForce RTX 2080 Ti"},
-        {"capability": (8, 9), "device": "NVIDIA GeForce RTX 4090"},  # sm_86 kernels run on it
-        {"capability": (9, 0), "device": "NVIDIA H100 MIG 1g.10gb"},
-        {"capability": (12, 1), "device": "NVIDIA GB10"},
-        {"capability": (13, 0), "device": "a later card"},  # compiled for it at run time
-        {"capability": (7, 0), "device": "Tesla V100", "arch_list": CU126, "cuda_build": "12.6"},
-        {**NO_CUDA, "driver": None, "driver_gpus": [], "torch": "2.14.1+cpu", "cuda_build": None},
-        {
-            "device": "AMD Instinct MI250X",
-            "cuda_build": None,
-            "driver": None,
-            "driver_gpus": [],
-            "arch_list": ["gfx90a"],
-        },
-    ],
-)
-def test_nothing_is_wrong(change, capsys):
-    helpers.check_environment(HEALTHY | change)
-    printed = capsys.readouterr().out
-    assert (HEALTHY | change)["device"] in printed
-    assert len(printed.splitlines()) == 5
-    assert "SLOWER" not in printed
-
-
-def test_the_card_that_the_user_does_not_want_is_no_problem(monkeypatch, capsys):
+def test_the_card_that_the_user_does_not_want_is_no_problem(machine, monkeypatch, capsys):
+    machine(None, True)
     monkeypatch.setenv("LAB_DEVICE", "cpu")
-    helpers.check_environment(HEALTHY | NO_CUDA)
+    helpers.check_environment()
     assert "SLOWER" not in capsys.readouterr().out
 
 
-def test_a_torchvision_that_does_not_import_is_told_by_this_machine_too(monkeypatch):
+@pytest.mark.parametrize(("build", "wheels"), [("13.0", "whl/cu130"), ("12.6", "whl/cu126"), (None, "whl/cpu")])
+def test_a_torchvision_that_does_not_import_comes_with_the_wheels_that_fit(build, wheels, machine, monkeypatch):
+    machine(build, False)
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(helpers.LabError, match=r"torchvision.* does not import[^$]*pip install --force-reinstall"):
+    with pytest.raises(helpers.LabError, match=r"torchvision does not fit torch[^$]*pip install") as caught:
         helpers.check_environment()
+    assert str(caught.value).endswith(wheels)
 
 
 def test_check_prints_this_machine(capsys):
@@ -99,7 +59,6 @@ def test_check_prints_this_machine(capsys):
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
     assert helpers.device_name(helpers.pick_device()) in printed
-    assert "GiB" in printed
 
 
 @pytest.mark.parametrize(
@@ -136,12 +95,8 @@ def test_autocast():
     assert isinstance(helpers.autocast(cpu, "fp32"), contextlib.nullcontext)
 
 
-def test_the_device_is_the_best_one_there_is(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+def test_the_device_is_the_accelerator_if_there_is_one(monkeypatch):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
     assert helpers.pick_device() == torch.device("cpu")
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("mps"))
-    assert helpers.pick_device() == torch.device("mps")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
-    assert helpers.pick_device() == torch.device("cuda", 1)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("meta"))
+    assert helpers.pick_device() == torch.device("meta")

@@ -32,14 +32,15 @@ def read_run(runs, lab):
     """Return the only run's metrics, history and tags of TensorBoard, after a look at its files."""
     [directory] = (runs / lab).iterdir()
     [events] = directory.glob("events.out.tfevents.*")
-    files = {"checkpoint.pt", "config.json", "history.json", "metrics.json", "report.html", events.name}
+    files = {"checkpoint.pt", "config.json", "history.json", "metrics.json", "nvidia-smi.txt"}
+    files |= {"report.html", events.name}
     others = {".lock", "projector_config.pbtxt"}
     assert {path.name for path in directory.iterdir() if path.is_file()} - others == files
     config, history, metrics = (
         json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("config", "history", "metrics")
     )
-    assert list(metrics)[: len(METRICS.split())] == METRICS.split()
+    assert set(METRICS.split()) <= set(metrics)
     assert config["seed"] == metrics["seed"] == config["settings"]["SEED"]
     assert [entry["epoch"] for entry in history] == list(range(1, metrics["epochs"] + 1))
     assert history[-1]["seconds"] == metrics["train_seconds"]
@@ -55,14 +56,12 @@ def read_run(runs, lab):
     for name in ("accuracy", "loss"):
         [point] = scalars[f"{name}/test"]
         assert (point.step, point.value) == (history[-1]["step"], pytest.approx(metrics[f"test_{name}"]))
-    assert {tag.split("/")[0] for tag in tags["histograms"]} == {"weights", "gradients"}
-    assert "custom_scalars__config__" in tags["tensors"]
-    assert accumulator.SummaryMetadata("_hparams_/session_start_info")
+    assert "settings/text_summary" in tags["tensors"]
     results = directory / "results"
     figures = {path.relative_to(results).with_suffix("").as_posix() for path in results.rglob("*.png")}
     assert {"test/confusion", "test/mistakes"} <= figures <= set(tags["images"])
     tables = {path.relative_to(results).with_suffix("").as_posix() for path in results.rglob("*.md")}
-    assert "tables/loaders" in tables
+    assert tables
     assert {f"{name}/text_summary" for name in tables} <= set(tags["tensors"])
     return metrics, set(scalars), tags
 
@@ -75,7 +74,7 @@ def test_mnist_page_on_an_image_folder(tmp_path):
             for number in range(count):
                 pixels = random.integers(brightness // 2, brightness, (40, 30, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "photos" / part / name / f"{number}.png")
-    shorter = dict(EXPERIMENTS="", LIGHTNING=0, OWN_IMAGES=tmp_path / "photos" / "test" / "bright")
+    shorter = dict(EXPERIMENTS="", OWN_IMAGES=tmp_path / "photos" / "test" / "bright")
     settings = dict(DATASET=tmp_path / "photos", VALIDATION=20, BATCH_SIZE=16, EPOCHS=3)
     process = run("MNIST.ipynb", tmp_path / "runs", **settings, **shorter)
     assert process.returncode == 0, process.stdout + process.stderr
@@ -85,9 +84,7 @@ def test_mnist_page_on_an_image_folder(tmp_path):
     assert (metrics["dataset"], metrics["source"], metrics["verified"]) == ("photos", "image-folder", False)
     assert metrics["epochs"] == 3
     assert scalars == EPOCH | ONCE
-    assert {"samples/training", "samples/augmented"} <= set(tags["images"])
-    assert tags["graph"]
-    assert any(tag.startswith("precision_recall/") for tag in tags["tensors"])
+    assert "tables/guesses/text_summary" in tags["tensors"]
     [directory] = (tmp_path / "runs" / "mnist").iterdir()
     assert f"{metrics['test_accuracy']:.2%}" in (directory / "report.html").read_text(encoding="utf-8")
     assert json.loads((directory / "config.json").read_text(encoding="utf-8"))["classes"] == ["bright", "dark", "灰"]
@@ -97,7 +94,6 @@ def test_cifar_page_on_cifar100_without_validation(tmp_path):
     process = run("CIFAR.ipynb", tmp_path / "runs", DATASET="CIFAR100", VALIDATION=0, EPOCHS=1, SEED=5)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stderr == ""
-    assert "coarse accuracy (20 classes)" in process.stdout
     assert "STAND-IN, not CIFAR100" in process.stdout
     metrics, scalars, _ = read_run(tmp_path / "runs", "cifar")
     assert (metrics["dataset"], metrics["source"], metrics["seed"]) == ("CIFAR100", "stand-in", 5)

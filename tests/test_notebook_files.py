@@ -12,7 +12,7 @@ import notebooks
 
 ROOT = notebooks.ROOT
 
-SECTIONS = [
+CORE = [
     "1 Environment 环境配置",
     "2 Data 数据准备",
     "3 Structure 网络结构",
@@ -23,12 +23,17 @@ SECTIONS = [
     "8 Test 测试",
     "9 Where the time goes 性能分析",
     "10 Experiments 对比实验",
-    "11 Inside the network 网络内部",
-    "12 Under the loop 循环之下",
-    "13 Try it yourself 动手试试",
-    "14 Further steps 延伸阅读",
-    "15 Report 实验报告",
 ]
+REST = {
+    "MNIST.ipynb": ["11 Report 实验报告", "Going further 选读"],
+    "CIFAR.ipynb": [
+        "11 Inside the network 网络内部",
+        "12 Under the loop 循环之下",
+        "13 Try it yourself 动手试试",
+        "14 Further steps 延伸阅读",
+        "15 Report 实验报告",
+    ],
+}
 
 
 @pytest.mark.parametrize("name", notebooks.NAMES)
@@ -60,9 +65,9 @@ class TestFile:
         text = str([cell.outputs for cell in notebooks.code_cells(name)])
         assert "STAND-IN" not in text
 
-    def test_sections_are_the_same_in_both(self, name):
+    def test_sections_are_those_of_the_contract(self, name):
         text = "\n".join(cell.source for cell in notebooks.read(name).cells if cell.cell_type == "markdown")
-        assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == SECTIONS
+        assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == CORE + REST[name]
 
     def test_links_to_sections_exist(self, name):
         text = "\n".join(cell.source for cell in notebooks.read(name).cells if cell.cell_type == "markdown")
@@ -73,7 +78,8 @@ class TestFile:
     def test_cells_are_plain_python_short_and_narrow(self, name):
         for cell in notebooks.code_cells(name):
             ast.parse(cell.source)  # fails on magics and shell lines
-            assert len(cell.source.splitlines()) <= 40, cell.source[:80]
+            folded = cell.metadata.get("jupyter", {}).get("source_hidden")
+            assert len(cell.source.splitlines()) <= (60 if folded else 40), cell.source[:80]
             assert max(map(len, cell.source.splitlines())) <= 90, cell.source  # wider ones scroll sideways
 
     def test_few_settings_come_first(self, name):
@@ -91,6 +97,16 @@ class TestFile:
         for before, cell in itertools.pairwise(cells):
             if cell.cell_type == "code":
                 assert before.cell_type == "markdown", cell.source[:80]
+
+    def test_the_core_is_an_afternoon(self, name):
+        if name == "CIFAR.ipynb":
+            pytest.skip("it is not cut into core and optional part yet")
+        cells = notebooks.read(name).cells
+        begin = next(place for place, cell in enumerate(cells) if "## Going further" in cell.source)
+        for part, most, words in ((cells[:begin], 70, 5_000), (cells[begin:], 40, 3_000)):
+            assert len(part) <= most
+            assert sum(len(cell.source.split()) for cell in part if cell.cell_type == "markdown") <= words
+        assert cells[begin].metadata["jp-MarkdownHeadingCollapsed"]
 
     def test_nbval_markers_stand_alone(self, name):
         marker = r"\s*# NBVAL_(CHECK_OUTPUT|IGNORE_OUTPUT|SKIP|RAISES_EXCEPTION)\s*"
@@ -113,16 +129,17 @@ class TestHelper:
     }
 
     def test_length(self):
-        # The contract wants 1,300. The number here may only fall: what is added must be paid for elsewhere.
-        assert len((ROOT / "helpers.py").read_text(encoding="utf-8").splitlines()) <= 1_772
+        # The contract: what is added must be paid for elsewhere.
+        assert len((ROOT / "helpers.py").read_text(encoding="utf-8").splitlines()) <= 1_300
 
     def test_every_public_name_has_a_docstring_and_is_used(self):
-        """On a page or by the command line, in an annotation of such a one, or as an exception."""
+        """On a page, by the command line or by Run, in an annotation of such a one, or as an exception."""
         assert [name for name, node in self.PUBLIC.items() if not ast.get_docstring(node)] == []
         cells = [ast.parse(cell.source) for name in notebooks.NAMES for cell in notebooks.code_cells(name)]
         attributes = [node for cell in cells for node in ast.walk(cell) if isinstance(node, ast.Attribute)]
         used = {node.attr for node in attributes if ast.unparse(node.value) == "helpers"} | {"main"}
         used |= names_in([self.PUBLIC["main"]])
+        used |= names_in([self.PUBLIC["Run"]])
         nodes = [node for name in used & self.PUBLIC.keys() for node in ast.walk(self.PUBLIC[name])]
         used |= names_in([node.annotation for node in nodes if isinstance(node, ast.arg | ast.AnnAssign)])
         used |= names_in([node.returns for node in nodes if isinstance(node, ast.FunctionDef)])

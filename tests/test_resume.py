@@ -124,9 +124,7 @@ def test_killed_and_resumed_equals_undisturbed(moments, undisturbed, runs, start
             time.sleep(1 - time.time() % 1)  # TensorBoard reads events files in the order of their names' seconds
         [path] = (runs / "toy").iterdir()
         if not safe:
-            with pytest.raises(helpers.LabError, match=r"LAB_RESUME=latest: no unfinished run .*toy"):
-                toy.Training(RESUME="latest")
-            path = start(toy.train).result()
+            path = start(toy.train, RESUME="latest").result()  # which begins a new one, as there is none
         else:
             assert helpers.load_checkpoint(path / "checkpoint.pt")["epoch"] == safe
             last = start(toy.train, RESUME="latest")
@@ -161,7 +159,7 @@ def test_interrupted_in_an_epoch_it_is_as_after_the_last_whole_one(moment, undis
     training, done = toy.Training(), int(moment[-1]) - 1
     with pytest.raises(KeyboardInterrupt):
         training.train(toy.interrupt(moment))
-    assert f"Stopped: the network is as after {done} of 3 epochs." in capsys.readouterr().out
+    assert f"Stopped: the network is as after epoch {done} of 3; this cell goes on there." in capsys.readouterr().out
     if done:
         parts = helpers.load_checkpoint(training.run.path / "checkpoint.pt")["parts"]
         for name in ("model", "optimizer", "scheduler"):
@@ -229,14 +227,12 @@ class TestWhichRun:
 
     def test_a_finished_one_only_by_name(self, interrupted):
         interrupted.finish()
-        with pytest.raises(helpers.LabError, match="no unfinished run"):
-            toy.Training(RESUME="latest")
+        assert toy.Training(RESUME="latest").run.path != interrupted.run.path
         assert toy.Training(RESUME=str(interrupted.run.path)).run.path == interrupted.run.path
 
     def test_nothing_to_resume_is_named(self, runs):
-        for resume in ("latest", "nowhere"):
-            with pytest.raises(helpers.LabError, match=f"LAB_RESUME={resume}"):
-                toy.Training(RESUME=resume)
+        with pytest.raises(helpers.LabError, match="LAB_RESUME=nowhere"):
+            toy.Training(RESUME="nowhere")
 
 
 class TestOneProcess:
@@ -420,8 +416,8 @@ class TestCheckpoint:
 
     def test_a_run_without_its_config_is_refused(self, interrupted):
         (interrupted.run.path / "config.json").unlink()
-        with pytest.raises(helpers.LabError, match="is no run"):
-            toy.Training(RESUME="latest")
+        with pytest.raises(helpers.LabError, match=r"there is no checkpoint.pt with its config.json"):
+            toy.Training(RESUME=str(interrupted.run.path))
 
 
 class TestTrainingThatGoesWrong:
@@ -434,7 +430,7 @@ class TestTrainingThatGoesWrong:
             return values, losses
 
         with fault("loss not finite") as seen:
-            with pytest.raises(helpers.LabError, match=r"nan in epoch 2, step 3 of 5 \(before: \d.*rate") as error:
+            with pytest.raises(helpers.LabError, match=r"epoch 2 is nan in step 3.*rate") as error:
                 training.train(log=spoil)
             seen(error.value)
         assert len(training.run.history) == 1
@@ -467,8 +463,8 @@ class TestDisk:
             expected = ("epoch", "new run", "STAND-IN")
             lines = [line for line in filled.output.splitlines() if not line.startswith(expected)]
             seen(lines[0])
-        assert [line.split(":")[0] for line in lines] == [
-            "The training goes on without events of epoch 2",
+        said = [line.split(":")[0] for line in lines]
+        assert [line for line in said if "without events" not in line] == [  # events are small, and may still fit
             "The training goes on without checkpoint of epoch 2",
             "The training goes on without checkpoint of epoch 3",
             "LabError",
@@ -476,7 +472,7 @@ class TestDisk:
         assert all("No space left on device" in line for line in lines)
         assert "metrics.json" in lines[-1]
         assert "Make room and run this cell again" in lines[-1]
-        assert [text.split(":")[0] for text in lost["missing"]] == ["events of epoch 2", "checkpoint of epoch 3"]
+        assert "checkpoint of epoch 3" in [text.split(":")[0] for text in lost["missing"]]
         assert lost["epochs"] == 3
         assert "unfinished" not in lost
         assert saved == 1
@@ -528,7 +524,7 @@ class TestDisk:
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SETTINGS = {
-    "MNIST.ipynb": dict(LAB_EPOCHS="6", LAB_BATCH_SIZE="20", LAB_EXPERIMENTS="", LAB_LIGHTNING="0", LAB_EMBEDDINGS="0"),
+    "MNIST.ipynb": dict(LAB_EPOCHS="6", LAB_BATCH_SIZE="20", LAB_EXPERIMENTS=""),
     "CIFAR.ipynb": dict(LAB_EPOCHS="4", LAB_EXPERIMENTS="", LAB_ABLATION=""),  # an epoch of each size of the images
 }
 SECONDS = 300  # for a whole run, on a machine that others use too

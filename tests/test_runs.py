@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -39,17 +38,17 @@ class TestFiles:
     def test_an_unwritable_folder_is_named(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("LAB_RUNS", str(tmp_path / "file"))
-        with pytest.raises(helpers.LabError, match=r"Cannot create .*Set LAB_RUNS"):
+        with pytest.raises(helpers.LabError, match=r"cannot be made: .*Set LAB_RUNS"):
             toy.Training()
 
     def test_all_of_them(self, trained):
         trained.finish()
-        helpers.show_report(trained.run)
+        helpers.write_report(trained.run.path)
         names = {path.name for path in trained.run.path.iterdir()}
         events = {name for name in names if name.startswith("events.out.tfevents")}
         assert len(events) == 1
         assert names - events - {".lock"} == {
-            *("config.json", "history.json", "checkpoint.pt", "metrics.json", "report.html")
+            *("config.json", "history.json", "checkpoint.pt", "metrics.json", "nvidia-smi.txt", "report.html")
         }
 
     def test_config_records_settings_model_data_versions_and_git(self, runs):
@@ -115,7 +114,7 @@ class TestMetrics:
         metrics = trained.finish(gain=0.5)
         trained.page |= before
         assert metrics == read(trained.run.path, "metrics.json")
-        assert list(metrics) == [*KEYS.split(), "gain"]
+        assert set(metrics) == {*KEYS.split(), "gain"}
         history, seconds = trained.run.history, trained.run.history[-1]["seconds"]
         loss, accuracy = helpers.evaluate(trained.model, trained.test_loader)
         expected = dict(lab="toy", dataset="MNIST", source="stand-in", verified=False, epochs=len(history), seed=1)
@@ -178,7 +177,7 @@ class TestOrderOfCells:
         with pytest.raises(KeyboardInterrupt):
             second.train(toy.interrupt("step 1 of epoch 2"))
         second.finish()
-        helpers.show_report(second.run)
+        second.run.close()
         with pytest.raises(helpers.LabError, match="or the report written"):
             second.train()
 
@@ -186,21 +185,6 @@ class TestOrderOfCells:
         model, trained.model = trained.model, toy.Net()  # an experiment that uses the page's name
         assert trained.run.model is model
         assert trained.finish()["test_loss"] == helpers.evaluate(model, trained.test_loader)[0]
-
-
-def test_out_of_memory_names_the_setting_and_frees_the_memory(runs, fault):
-    training, kept = toy.Training(), []
-
-    def step():
-        activations = torch.zeros(1000)
-        kept.append(weakref.ref(activations))
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    with fault("CUDA out of memory (the error is raised, there is no GPU)") as seen:
-        with pytest.raises(helpers.LabError, match=r"Tried to allocate 2.*Lower BATCH_SIZE, 40 now") as caught:
-            training.train(lambda moment: step())
-        seen(caught.value)
-    assert kept[0]() is None
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -240,11 +224,3 @@ def test_predict_keeps_order_and_restores_mode_after_a_failure():
 
 def test_evaluate_of_nothing_is_nan():
     assert all(math.isnan(number) for number in helpers.evaluate(Constant(), loader([], [])))
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "count", "expected"),
-    [(0.9, 100, (0.8256, 0.9448)), (1.0, 10, (0.7225, 1.0)), (0.0, 10, (0.0, 0.2775))],
-)
-def test_confidence_interval(accuracy, count, expected):
-    assert helpers.confidence_interval(accuracy, count) == pytest.approx(expected, abs=1e-4)

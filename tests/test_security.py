@@ -6,10 +6,8 @@ import os
 import pickle
 import tarfile
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import helpers
 import notebooks
@@ -75,7 +73,7 @@ def test_a_crafted_archive_from_a_mirror_is_refused_and_runs_nothing(evil, serve
     server.body = packed.getvalue()
     monkeypatch.setenv("LAB_MIRRORS", f"{server.url}/good")
     assert helpers.main(["prefetch", "CIFAR10"]) == 1
-    assert "md5" in capsys.readouterr().err
+    assert "checksum" in capsys.readouterr().err
     assert not (data / cifar.table.filename).exists()
 
 
@@ -91,16 +89,6 @@ def test_a_crafted_file_in_the_folder_is_refused_and_runs_nothing(evil, cifar, w
         with pytest.raises(helpers.LabError, match=rf"does not match:\n.*/{name} ") as caught:
             helpers.load(cifar.name, train=True, shape=(3, 32, 32))
         seen(caught.value)
-
-
-def test_a_crafted_image_cache_is_not_used_and_runs_nothing(evil, data, tmp_path):
-    for part in ("train", "test"):
-        (tmp_path / "pets" / part / "cat").mkdir(parents=True)
-        Image.new("RGB", (32, 32), "red").save(tmp_path / "pets" / part / "cat" / "0.png")
-    split = helpers.load(str(tmp_path / "pets"), train=True, shape=(3, 32, 32))
-    [cache] = (data / "cache").iterdir()
-    np.save(cache, np.array([evil]), allow_pickle=True)
-    assert torch.equal(helpers.load(str(tmp_path / "pets"), train=True, shape=(3, 32, 32)).images, split.images)
 
 
 def test_servers_stay_on_this_machine_and_keep_their_tokens():

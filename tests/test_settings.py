@@ -156,9 +156,9 @@ def test_flag(monkeypatch):
         helpers.flag("FAST")
 
 
-def test_import_loads_no_large_library_and_prints_nothing():
-    large = "torchvision matplotlib IPython tensorboard pycurl psutil PIL".split()
-    code = f"import sys, helpers; print([name for name in {large} if name in sys.modules])"
+def test_import_loads_nothing_that_a_wheel_may_break_and_prints_nothing():
+    later = "torchvision torch.utils.tensorboard tensorboard pycurl".split()
+    code = f"import sys, helpers; print([name for name in {later} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=helpers.HERE, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
     assert result.stderr == ""

@@ -12,8 +12,6 @@ import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
-from torch import nn
 
 import helpers
 import toy
@@ -43,42 +41,6 @@ class TestEvents:
         points = [(p.step, p.value) for p in events(training).Scalars("loss/step")]
         assert points == [(step, pytest.approx(losses[step - 1])) for step in (1, 11, 21, 26, 36, 46)]
 
-    def test_histograms_count_every_weight_and_gradient(self, runs):
-        training = toy.Training(EPOCHS=1).train()
-        found = events(training)
-        names = [name for name, _ in training.model.named_parameters()]
-        assert set(found.Tags()["histograms"]) == {f"{k}/{name}" for name in names for k in ("weights", "gradients")}
-        for name, parameter in training.model.named_parameters():
-            for kind, tensor in (("weights", parameter.detach()), ("gradients", parameter.grad)):
-                [event] = found.Histograms(f"{kind}/{name}")
-                value = event.histogram_value
-                assert event.step == 5
-                assert (value.num, sum(value.bucket)) == (tensor.numel(), tensor.numel())
-                assert (value.min, value.max) == pytest.approx((tensor.min().item(), tensor.max().item()))
-                assert value.sum == pytest.approx(tensor.sum().item(), abs=1e-4)
-
-    def test_histograms_of_constant_and_of_infinite_weights(self, runs):
-        training = toy.Training(EPOCHS=1)
-
-        def spoil(moment):
-            if moment == "step 5 of epoch 1":
-                nn.init.constant_(training.model.conv.bias, 0.5)
-                nn.init.constant_(training.model.output.bias, torch.inf)
-
-        found = events(training.train(spoil))
-        assert found.Histograms("weights/conv.bias")[0].histogram_value.num == 4
-        assert "weights/output.bias" not in found.Tags()["histograms"]
-
-    def test_settings_are_comparable_without_a_stray_run(self, runs):
-        training = toy.Training(NOTE="灰").train()
-        training.finish()
-        content = events(training).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-        values = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-        assert set(values) == set(toy.SETTINGS)
-        assert (values["EPOCHS"].number_value, values["NOTE"].string_value) == (3, "灰")
-        assert values["WIDTHS"].string_value == "[4, 8]"
-        assert len(list(runs.rglob("events*"))) == 1
-
     def test_figures_tables_and_whatever_the_page_adds(self, runs):
         training = toy.Training(EPOCHS=1).train()
         drawn, _ = helpers.figure(size=(2, 1))
@@ -90,7 +52,7 @@ class TestEvents:
         [image] = found.Images("curves/all")
         assert (image.step, image.width, image.height) == (5, 200, 100)
         assert [image.step for image in found.Images("samples")] == [5]
-        assert {"tables/loaders/text_summary", "curve/0", "custom_scalars__config__"} <= set(found.Tags()["tensors"])
+        assert {"tables/loaders/text_summary", "curve/0", "settings/text_summary"} <= set(found.Tags()["tensors"])
 
     def test_the_page_may_add_what_no_writer_takes_without_an_error_of_the_disk(self, runs):
         training = toy.Training()
@@ -159,7 +121,7 @@ def test_it_is_shown_in_a_notebook_answers_and_listens_on_this_machine_only(kern
     ("variables", "expected"),
     [
         ({"JUPYTERHUB_SERVICE_PREFIX": "/user/li/"}, "/user/li/proxy/PORT/"),
-        ({"VSCODE_PROXY_URI": "https://host/proxy/{{port}}"}, "https://host/proxy/PORT/"),
+        ({"TENSORBOARD_PROXY_URL": "https://host/proxy/%PORT%"}, "https://host/proxy/PORT/"),
         ({"TENSORBOARD_PROXY_URL": "/node/gpu1/%PORT%", "JUPYTERHUB_SERVICE_PREFIX": "/x/"}, "/node/gpu1/PORT/"),
     ],
 )
@@ -170,15 +132,6 @@ def test_its_address_behind_proxies_ends_with_a_slash(variables, expected, kerne
     address = expected.replace("PORT", port)
     assert f"TensorBoard: {address}\n" in shown
     assert re.search(rf'<iframe[^>]*src="{re.escape(address)}', shown)
-
-
-def test_colab_gets_its_own_frame(kernel):
-    code = """import types
-served = types.SimpleNamespace(serve_kernel_port_as_iframe=lambda port, height: print("served", port, height))
-sys.modules["google.colab"] = types.SimpleNamespace(output=served)
-helpers.show_tensorboard(height=700)
-del sys.modules["google.colab"]"""
-    assert re.fullmatch(r"served \d+ 700\n", kernel(code))
 
 
 def test_one_that_does_not_start_is_a_line(kernel):

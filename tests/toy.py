@@ -162,9 +162,9 @@ def train(kill=None, wait=None, **settings):
     return training.run.path
 
 
-def fill(disk):
+def fill(disk, name="ballast"):
     """Fill the disk up; return the file to remove."""
-    ballast = Path(disk) / "ballast"
+    ballast = Path(disk) / name
     with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
         while True:
             file.write(bytes(1024))
@@ -175,11 +175,13 @@ def train_on_a_full_disk(disk):
     """Train while the disk fills up, and make room in the end. Return the metrics and the epoch that was saved."""
     training, ballast = Training(), []
     training.train(lambda moment: ballast.append(fill(disk)) if moment == "epoch 1 is saved" else None)
+    ballast.append(fill(disk, "more ballast"))
     try:
         training.finish()
     except helpers.LabError as error:
         print(f"LabError: {error}")
-    ballast[0].unlink()
+    for file in ballast:
+        file.unlink()
     metrics = training.finish()
     training.run.close()
     return metrics, helpers.load_checkpoint(training.run.path / "checkpoint.pt")["epoch"]
@@ -263,4 +265,4 @@ def ranks(size, machines=1):
 
 if __name__ == "__main__":  # under torchrun: rank 1 is killed once
     first = (os.environ["TORCHELASTIC_RESTART_COUNT"], helpers.join_world().rank) == ("0", 1)
-    train(kill="step 2 of epoch 3" if first else None, EPOCHS=4)
+    train(kill="step 2 of epoch 3" if first else None, EPOCHS=4, RESUME="latest")
