@@ -105,12 +105,6 @@ def refused(function, *arguments) -> str:
         return str(error)
 
 
-def fill_the_memory(run: helpers.Run) -> None:
-    """Ask for 4 TiB in a training step."""
-    with run.training():
-        torch.empty(2**42, dtype=torch.uint8, device=run.loader.device)
-
-
 def compare(name: str) -> dict:
     """Train whole on both devices, and go on on each with what the other began; return what was seen."""
     helpers.SIZES["smoke"], helpers.Run.save, start = IMAGES, keep_the_beginning, time.perf_counter()
@@ -141,7 +135,6 @@ def compare(name: str) -> dict:
         random_numbers=torch.equal(drawn, drawn_again),
         checkpoint=str(other.path / "checkpoint.pt"),
         precision=refused(helpers.pick_precision, device, "bf16"),
-        memory=refused(fill_the_memory, other.page["run"]),
         fell_back=sorted({match[0].strip() for match in operators if match}),
         seconds=round(time.perf_counter() - start, 1),
     )
@@ -156,7 +149,7 @@ def main() -> int:
     except (ImportError, OSError, RuntimeError) as error:  # not installed, for another PyTorch, or no driver
         print(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         return UNUSABLE
-    name, facts = sys.argv[1], dict(name=card.name, memory_gib=card.total_memory / 2**30)
+    name, facts = sys.argv[1], dict(name=card.name)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("LAB_RUNS", scratch)
         os.environ |= {f"LAB_{setting}": value for setting, value in (TINY | SMALLER.get(name, {})).items()}

@@ -58,8 +58,7 @@ pytestmark = pytest.mark.parametrize("seen", NAMES, indirect=True)
 def test_the_device_is_chosen_named_and_used(seen):
     assert seen["automatic"] == "vulkan"
     assert seen["places"] == ["vulkan:0"]
-    assert f"device               vulkan: {seen['name']} (no CUDA device)\n" in seen["printed"]
-    assert f"memory               {seen['memory_gib']:.1f} GiB\n" in seen["printed"]
+    assert f"device vulkan: {seen['name']}\n" in seen["printed"]
     assert json.loads(Path(seen["checkpoint"]).with_name("config.json").read_text())["device"] == seen["name"]
 
 
@@ -87,7 +86,5 @@ def test_its_checkpoint_is_read_where_there_is_no_such_device(seen):
     assert {tensor.device.type for tensor in saved["parts"]["model"][0].values()} == {"cpu"}
 
 
-def test_what_the_device_cannot_do_is_said(seen):
+def test_a_precision_that_it_does_not_have_is_refused(seen):
     assert seen["precision"].startswith(f"LAB_PRECISION=bf16 on {seen['name']}: "), seen["precision"]
-    assert "Out of memory" in seen["memory"]
-    assert seen["memory"].endswith("Lower BATCH_SIZE, 10 now.")
