@@ -291,7 +291,11 @@ def join_world(seconds: float = 600) -> World:
     try:
         if gpus:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(seconds=seconds))
+        limit, attempt = timedelta(seconds=seconds), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+        # Without the prefix a job that torchrun restarts finds the addresses of the processes that died.
+        options = dict(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **options)
     except (RuntimeError, ValueError) as error:  # nobody answers, the port is taken, fewer GPUs than processes
         raise LabError(f"Not all {size} processes came within {seconds:.0f} s: {_reason(error)}") from None
     # Gloo's threads release the last tensors a moment later; an interpreter that ends before then aborts in them.
@@ -969,17 +973,13 @@ class Run:
             print(f"The training goes on without {self.missing[what]}")
 
     def event(self, kind: str, *arguments, **options) -> None:
-        """Call `add_<kind>` of TensorBoard's SummaryWriter, or "flush" or "close", where events can be written. The
-        step to give is `run.step`.
-        """
+        """Call `add_<kind>` of TensorBoard's SummaryWriter, "flush" or "close", where events can be written."""
         if self.writer:
             with self._tolerating("events"):
                 getattr(self.writer, kind if kind in ("flush", "close") else f"add_{kind}")(*arguments, **options)
 
     def add(self, tag: str, result, alt: str = "") -> None:
-        """Keep a result for the report and TensorBoard: a figure, shown here too, or a table's rows, header first.
-        `alt` says in a sentence what the figure shows.
-        """
+        """Keep a result for report and TensorBoard: a figure, shown with `alt`, or a table's rows, header first."""
         if isinstance(result, list):
             name, content = f"{tag}.md", _table(result)
             self.event("text", tag, content)

@@ -3,6 +3,7 @@
 Processes come from a fork server that has imported the large libraries, so that one more costs a fraction of a second.
 """
 
+import atexit
 import contextlib
 import functools
 import multiprocessing
@@ -247,6 +248,7 @@ def answered(answer, log, variables, function, arguments, options):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            atexit.unregister(torch.distributed.destroy_process_group)  # Python 3.13 calls it in such a process too
 
 
 def free_port():
