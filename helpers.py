@@ -1042,22 +1042,21 @@ def load_checkpoint(path: Path) -> dict:
 
 # Okabe and Ito's colours, told apart by colour-blind readers: blue, vermilion, green, purple, orange, sky.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei")
+CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei")
 
 
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3), **options):
     """Return (figure, axes) in the kit's style; `size` in inches. Text is drawn as it is written, `$` included."""
     families = ["DejaVu Sans", *(name for name in font_manager.get_font_names() if name in CHINESE)][:2]
     matplotlib.rcParams |= {"font.size": 11, "font.family": families, "text.parse_math": False, "text.usetex": False}
+    warnings.filterwarnings("ignore", "Glyph")  # a character without a font here is drawn as a box that says so
     matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
     drawn = matplotlib.figure.Figure(figsize=size, dpi=100, layout="constrained")
     return drawn, drawn.subplots(rows, columns, **options)
 
 
 def _png(drawn) -> bytes:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a character without a font here is drawn as a box that says so
-        drawn.savefig(buffer := io.BytesIO(), format="png", facecolor="white", pil_kwargs={"optimize": True})
+    drawn.savefig(buffer := io.BytesIO(), format="png", facecolor="white", pil_kwargs={"optimize": True})
     return buffer.getvalue()
 
 
