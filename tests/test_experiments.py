@@ -72,6 +72,8 @@ def test_the_tables_on_the_page_are_those_of_the_store(name):
         for variant, values in entry["variants"].items():
             percent = [100 * value for value in values]
             rows.add((variant, f"{statistics.mean(percent):.2f} ± {statistics.stdev(percent):.2f}"))
+    [known] = [cell.source for cell in notebooks.code_cells(name) if "known = " in cell.source]
+    assert all(experiment in known for experiment in notebooks.experiment_cells(name)), "the settings know every name"
     text = "\n".join(cell.source for cell in notebooks.read(name).cells if cell.cell_type == "markdown")
     there = re.findall(r"^\| (.+?) \| (\d+\.\d\d ± \d+\.\d\d) \|$", text, re.MULTILINE)
     assert len(there) > 5

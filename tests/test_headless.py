@@ -102,7 +102,12 @@ def test_cifar_page_on_cifar100_without_validation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"), [({"EPOCHS": "ten"}, "LAB_EPOCHS='ten'"), ({"EPOCS": "3"}, "LAB_EPOCS is no setting")]
+    ("settings", "named"),
+    [
+        ({"EPOCHS": "ten"}, "LAB_EPOCHS='ten'"),
+        ({"EPOCS": "3"}, "LAB_EPOCS is no setting"),
+        ({"EXPERIMENTS": "poolingg"}, "no ['poolingg']"),
+    ],
 )
 def test_bad_setting_stops_before_anything_is_created(tmp_path, settings, named):
     process = run("MNIST.ipynb", tmp_path / "runs", **settings)
