@@ -2,9 +2,10 @@
 
     python tests/accelerator.py MNIST.ipynb
 
-The accelerator is the device `vulkan` of the package torchvulkan. On Mesa's software driver it computes on the CPU: it
-is no GPU and says nothing about speed. But its tensors live in a memory of their own, its kernels are not the CPU's,
-and PyTorch treats it like any other accelerator, so that a missing `.cpu()` or `.to(device)` is an error.
+The accelerator is the GPU where there is one, else the device `vulkan` of the package torchvulkan. On Mesa's software
+driver that computes on the CPU: it is no GPU and says nothing about speed. But its tensors live in a memory of their
+own, its kernels are not the CPU's, and PyTorch treats it like any other accelerator, so that a missing `.cpu()` or
+`.to(device)` is an error.
 
 The last line printed is JSON. The exit code is 77 where the device cannot be used; the reason is printed.
 """
@@ -105,14 +106,14 @@ def refused(function, *arguments) -> str:
         return str(error)
 
 
-def compare(name: str) -> dict:
+def compare(name: str, kind: str) -> dict:
     """Train whole on both devices, and go on on each with what the other began; return what was seen."""
     helpers.SIZES["smoke"], helpers.Run.save, start = IMAGES, keep_the_beginning, time.perf_counter()
     cpu = Core(name, "cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.set_warn_always(True)  # else only the first operator that falls back is named
-        other = Core(name, "vulkan")
+        other = Core(name, kind)
         places, drawn, device = (
             {str(tensor.device) for tensor in other.tensors()},
             other.page["run"].drawn,
@@ -142,18 +143,22 @@ def compare(name: str) -> dict:
 
 def main() -> int:
     """Compare the two devices on the page that the command line names."""
+    torch.backends.cudnn.allow_tf32 = False  # a GPU's convolutions would keep 10 bits of what they multiply
     try:
-        import torchvulkan
+        if not torch.accelerator.is_available():
+            import torchvulkan
 
-        card = torchvulkan.get_device_properties()
+            torchvulkan.get_device_properties()
     except (ImportError, OSError, RuntimeError) as error:  # not installed, for another PyTorch, or no driver
         print(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         return UNUSABLE
-    name, facts = sys.argv[1], dict(name=card.name)
+    device = helpers.pick_device()
+    facts = dict(name=helpers.device_name(device), kind=device.type)
+    name = sys.argv[1]
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("LAB_RUNS", scratch)
         os.environ |= {f"LAB_{setting}": value for setting, value in (TINY | SMALLER.get(name, {})).items()}
-        print("\n" + json.dumps(facts | compare(name)))
+        print("\n" + json.dumps(facts | compare(name, device.type)))
     return 0
 
 

@@ -57,6 +57,7 @@ def test_the_seed_draws_the_same_with_it_and_without():
 
 
 def test_too_late_is_said(monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)  # where there is a GPU it would ask it
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     helpers.set_seed(1, deterministic=True)  # CUDA was asked for its name only

@@ -16,6 +16,7 @@ def machine(monkeypatch):
     def install(build, driver):
         monkeypatch.setattr("torch.version.cuda", build)
         monkeypatch.setattr("shutil.which", lambda name: driver and f"/usr/bin/{name}")
+        monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)  # if there is one
 
     return install
 
