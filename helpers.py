@@ -216,14 +216,14 @@ def pick_precision(device: torch.device, name: str = "auto") -> str:
     """Return "bf16", "fp16" or "fp32" for the training step on `device`; LabError where it cannot do what is named.
 
     CUDA: bf16 from capability 8.0 (older cards only emulate it), fp16 with a gradient scaler on 7.x, fp32 below.
-    CPU: bf16 where the processor multiplies matrices in it (AMX). Elsewhere fp32.
+    CPU: bf16 where the processor has instructions for it (AMX or AVX512-BF16). Elsewhere fp32.
     """
     if name == "auto" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
     if name == "auto":
         can = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 and 2.10 have no such function
-        return "bf16" if device.type == "cpu" and can.get("amx_bf16") else "fp32"
+        return "bf16" if device.type == "cpu" and (can.get("amx_bf16") or can.get("avx512_bf16")) else "fp32"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # where the device lacks a precision torch warns, and goes on in fp32
@@ -1218,15 +1218,16 @@ def _facts(path: Path) -> tuple[dict, list]:
 
 def write_report(run: str | Path, words: Path | None = None) -> Path:
     """Write `report.html` into the run's directory, from the files there alone; return its path.
-    `words` is a Markdown file of the reader's own; by default the notebook's cell `my-words` as it was last saved.
+    `words` is a Markdown file of the reader's own; by default the cell "In my own words" of the notebook saved last.
     """
     run = Path(run)
     facts, history = _facts(run)
     dataset, lab, text = facts["dataset"], facts["lab"], words.read_text(encoding="utf-8") if words else ""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        cells = [] if words else json.loads((HERE / f"{lab.upper()}.ipynb").read_text(encoding="utf-8"))["cells"]
-        found = ["".join(cell["source"]) for cell in cells if cell.get("id") == "my-words"]
-        text = found[0].partition("\n")[2] if found else text  # the report has its heading itself
+    for page in [] if words else sorted(HERE.glob("*.ipynb"), key=lambda page: page.stat().st_mtime):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # the one saved last, whatever it is called
+            sources = ["".join(cell["source"]) for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]]
+            if any(f'Run("{lab}"' in source for source in sources):  # the report has the heading itself
+                text = next((s.partition("\n")[2] for s in sources if s.startswith("### In my own words")), text)
     banner = f"> STAND-IN DATA, NOT {dataset}: images that the kit drew itself 替代图像\n\n"
     parts = [banner * (facts["source"] == "stand-in") + "## In my own words 我的结论", text or "(nothing written yet)"]
     parts += ["## Result 结果", _table([["", ""], *facts.items()]), "## Curves 训练曲线"]

@@ -113,9 +113,17 @@ def test_the_utilisation_or_the_reason(run):
     assert "GPU: NVMLError_NotSupported" in report(run)
 
 
-def test_words_come_from_the_notebooks_cell(run, monkeypatch, tmp_path):
-    cell = {"id": "my-words", "cell_type": "markdown", "source": ["## In my own words\n", "Mein *Bericht*"]}
-    (tmp_path / "CIFAR.ipynb").write_text(json.dumps({"cells": [{"id": "x"}, cell]}))
+def test_words_come_from_the_notebook_saved_last_whatever_it_is_called(run, monkeypatch, tmp_path):
+    def save(name, lab, words, seconds):
+        cells = [["x = 1"], [f'run = helpers.Run("{lab}", SETTINGS)'], ["### In my own words 我的结论\n", words]]
+        path = tmp_path / name
+        path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": source} for source in cells]}))
+        os.utime(path, (seconds, seconds))
+
+    save("CIFAR.ipynb", "cifar", "as it was", 1)
+    save("Li Wei 12345 (2).ipynb", "cifar", "Mein *Bericht*", 2)
+    save("MNIST.ipynb", "mnist", "of another page", 3)
+    (tmp_path / "torn.ipynb").write_text('{"cells": [')
     monkeypatch.setattr(helpers, "HERE", tmp_path)
     page = helpers.write_report(run).read_text(encoding="utf-8")
     assert "Mein <em>Bericht</em>" in page
