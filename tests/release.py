@@ -1,9 +1,10 @@
 """Write the student edition: the notebooks with blanks instead of solutions, and what they need.
 
-    python -m tests.release OUT [--hints] [--solutions] [--reference]
+    python -m tests.release OUT [--hints] [--solutions] [--reference] [--nbgrader]
 
 What stands between `### BEGIN SOLUTION` and `### END SOLUTION` becomes a blank that says "not written yet", with the
-exercise's number and minutes from the task box above it. Outputs are removed, and hints too, unless asked for.
+exercise's number and minutes from the task box above it. Outputs are removed, and what is folded as hint or as reading
+of results too, unless asked for: whoever is to predict first must not find the answer below.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 TASK = re.compile(r"\*\*Exercise (\d+) 练习: .+?\*\* \(about (\d+) minutes\)")
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION\n?", re.MULTILINE | re.DOTALL)
-HINT = re.compile(r"\n*<details><summary>Hint 提示</summary>.*?</details>", re.DOTALL)
+HINT = re.compile(r"\n*<details><summary>[^<]*(?:提示|解读)[^<]*</summary>.*?</details>", re.DOTALL)
+POINTS = 10  # of an exercise, for nbgrader
 README = """# CNN training lab: student edition
 
 Install once: `python -m pip install -r requirements.txt`. Then `jupyter lab MNIST.ipynb`, and write what is missing,
@@ -54,7 +56,30 @@ def student_notebook(notebook, hints: bool = False):
     return made
 
 
-def release(out: Path, *, hints: bool = False, solutions: bool = False, reference: bool = False) -> None:
+def for_nbgrader(notebook) -> None:
+    """Add nbgrader's metadata: a cell with a blank is a solution, and a locked cell behind it repeats its checks. The
+    points of an exercise are shared by its cells.
+    """
+    cells, task, tests = [], "0", {}
+    for cell in notebook.cells:
+        cells.append(cell)
+        if cell.cell_type == "markdown":
+            task = ([task] + [number for number, _ in TASK.findall(cell.source)])[-1]
+        elif "NotImplementedError" in cell.source or "### BEGIN SOLUTION" in cell.source:
+            common = dict(schema_version=3, task=False)
+            cell.metadata["nbgrader"] = common | dict(grade=False, grade_id=cell.id, locked=False, solution=True)
+            calls = "\n".join(line for line in cell.source.splitlines() if line.startswith("checks."))
+            test = nbformat.v4.new_code_cell(calls, id=f"{cell.id[:50]}-check")
+            test.metadata["nbgrader"] = common | dict(grade=True, grade_id=test.id, locked=True, solution=False)
+            tests.setdefault(task, []).append(test)
+            cells.append(test)
+    for share in tests.values():
+        for test in share:
+            test.metadata["nbgrader"]["points"] = POINTS / len(share)
+    notebook.cells = cells
+
+
+def release(out: Path, *, hints=False, solutions=False, reference=False, nbgrader=False) -> None:
     """Write the edition into `out`, a folder that is new or empty. Raises FileExistsError where it is not."""
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: name a new folder")
@@ -62,6 +87,8 @@ def release(out: Path, *, hints: bool = False, solutions: bool = False, referenc
     for name in ("MNIST.ipynb", "CIFAR.ipynb"):
         notebook = nbformat.read(ROOT / name, as_version=4)
         made = notebook if solutions else student_notebook(notebook, hints)
+        if nbgrader:
+            for_nbgrader(made)
         nbformat.write(made, out / name)
     for name in ("helpers.py", "requirements.txt", "tests/__init__.py", "tests/checks.py"):
         shutil.copyfile(ROOT / name, out / name)
@@ -74,9 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(prog="python -m tests.release", description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--hints", action="store_true", help="keep the folded hints")
+    parser.add_argument("--hints", action="store_true", help="keep the folded hints and readings")
     parser.add_argument("--solutions", action="store_true", help="keep the solutions and outputs")
     parser.add_argument("--reference", action="store_true", help="add the finished runs to compare with")
+    parser.add_argument("--nbgrader", action="store_true", help="add nbgrader's metadata, and cells with the checks")
     chosen = vars(parser.parse_args(arguments))
     try:
         release(chosen.pop("out"), **chosen)

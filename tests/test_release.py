@@ -56,26 +56,29 @@ def test_no_output_no_hint_and_no_marker_goes_out(name, edition):
     nbformat.validate(notebook)
     for cell in notebook.cells:
         assert "Hint 提示" not in cell.source
+        assert "解读" not in cell.source, "what was measured stands where one should predict first"
         assert "### BEGIN SOLUTION" not in cell.source
         if cell.cell_type == "code":
             assert (cell.outputs, cell.execution_count) == ([], None)
             ast.parse(cell.source)
 
 
-def test_every_exercise_of_mnist_has_its_blanks(edition):
-    text = "\n".join(cell.source for cell in nbformat.read(edition / "MNIST.ipynb", as_version=4).cells)
+@pytest.mark.parametrize(("name", "exercises"), [("MNIST.ipynb", "1234567"), ("CIFAR.ipynb", "123456")])
+def test_every_exercise_has_its_blanks(name, exercises, edition):
+    text = "\n".join(cell.source for cell in nbformat.read(edition / name, as_version=4).cells)
     blanks = re.findall(r'NotImplementedError\("not written yet: exercise (\d), about \d+ minutes"\)', text)
-    assert sorted(set(blanks)) == list("1234567")
-    assert len(blanks) == len(solutions("MNIST.ipynb"))
+    assert sorted(set(blanks)) == list(exercises)
+    assert len(blanks) == len(solutions(name))
 
 
 def test_no_long_statement_of_a_solution_goes_out_under_any_names(edition):
     there = shape((edition / "tests" / "checks.py").read_text(encoding="utf-8"))
     there |= shape((edition / "helpers.py").read_text(encoding="utf-8"))
-    for cell in nbformat.read(edition / "MNIST.ipynb", as_version=4).cells:
-        there |= shape(cell.source) if cell.cell_type == "code" else set()
+    for name in notebooks.NAMES:
+        for cell in nbformat.read(edition / name, as_version=4).cells:
+            there |= shape(cell.source) if cell.cell_type == "code" else set()
     short = 200  # such as `x = x + x` or `optimizer.step()`, which prove nothing
-    for solution in solutions("MNIST.ipynb"):
+    for solution in [*solutions("MNIST.ipynb"), *solutions("CIFAR.ipynb")]:
         body = "def f():\n" + "\n".join("    " + line for line in solution.splitlines())
         found = {statement for statement in shape(body) if len(statement) > short} & there
         assert not found, solution
@@ -99,6 +102,22 @@ def test_the_untouched_edition_stops_at_the_first_blank_with_its_sentence(editio
     said = result.stdout + result.stderr
     assert "not written yet: exercise 1, about 20 minutes" in said
     assert "exercise 2" not in said
+
+
+@pytest.mark.parametrize("options", [[], ["--solutions"]])
+def test_nbgrader_reads_the_edition(options, tmp_path):
+    assert release.main([str(tmp_path / "out"), "--nbgrader", *options]) == 0
+    for name, exercises in (("MNIST.ipynb", 7), ("CIFAR.ipynb", 6)):
+        notebook = nbformat.read(tmp_path / "out" / name, as_version=4)
+        nbformat.validate(notebook)
+        marks = [(cell, cell.metadata["nbgrader"]) for cell in notebook.cells if "nbgrader" in cell.metadata]
+        assert sum(mark.get("points", 0) for _, mark in marks) == pytest.approx(release.POINTS * exercises)
+        for (solution, mine), (test, its) in zip(marks[::2], marks[1::2], strict=True):
+            assert (mine["solution"], its["grade"], its["locked"]) == (True, True, True)
+            assert test.source.startswith("checks.")
+            assert set(test.source.splitlines()) <= set(solution.source.splitlines())
+        validator = pytest.importorskip("nbgrader.nbgraderformat", reason="nbgrader is not installed")
+        validator.MetadataValidator().validate_nb(notebook)
 
 
 def test_a_folder_with_files_is_refused(tmp_path, capsys):
