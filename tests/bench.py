@@ -68,7 +68,7 @@ def network(page: dict, images: torch.Tensor, steps: int = 10**6, size: int = 32
             model.c1 = nn.Conv2d(3, 6, kernel_size=5)  # 32 x 32 pixels need no padding
         model = model.to(images.device, memory_format=LAYOUT)
         return model, (criterion, *page["make_optimizer"](model, steps), precision)
-    model = page["FastCNN"](page["WIDTHS"], page["DEPTHS"]).to(images.device, memory_format=LAYOUT)
+    model = page["FastCNN"](page["WIDTHS"], page["REFINE"]).to(images.device, memory_format=LAYOUT)
     page["whiten"](model.whiten, images)
     optimizers, schedulers = page["make_optimizers"](model, steps, page["BATCH_SIZE"])
     return model, (criterion, optimizers, schedulers, size, precision, scaler(images))

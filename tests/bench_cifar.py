@@ -28,7 +28,7 @@ def page_recipe(train, seed, epochs):
     epochs, sizes = epochs or page["EPOCHS"], page["RESOLUTIONS"]
     torch.manual_seed(seed)
     loader = bench.loader(train, page["BATCH_SIZE"], seed=seed, shuffle=True, augment=page["augment"])
-    model = page["FastCNN"](page["WIDTHS"], page["DEPTHS"], len(train.classes))
+    model = page["FastCNN"](page["WIDTHS"], page["REFINE"], len(train.classes))
     model = model.to(loader.device, memory_format=bench.LAYOUT)
     page["whiten"](model.whiten, next(iter(bench.loader(train, 5_000)))[0])
     optimizers, schedulers = page["make_optimizers"](model, epochs * len(loader), page["BATCH_SIZE"])
@@ -37,7 +37,7 @@ def page_recipe(train, seed, epochs):
 
 
 def published_recipe(train, seed, epochs):
-    """The published record (Jordan, cifar10-airbench, the Muon variant), built from the page's parts.
+    """The published record (Jordan, cifar10-airbench, the Muon variant), built from the page's parts, SiLU for GELU.
 
     Widths 64, 256, 256 with no sum, batches of 2,000, full-size images, 8 epochs; the whitening layer has a bias that
     learns in the first three eighths of the steps. Its rates for head and biases are given there for a sum over the
@@ -45,10 +45,9 @@ def published_recipe(train, seed, epochs):
     """
     rates = dict(MUON_RATE=0.24, HEAD_RATE=1.02e-5, BIAS_RATE=0.053, WEIGHT_DECAY=2e-6, LABEL_SMOOTHING=0.2)
     page, epochs = notebooks.page("CIFAR.ipynb", **rates, BATCH_SIZE=2_000, TRANSLATE=2), epochs or 8
-    page["Conv3x3"].forward = nn.Conv2d.forward  # the page's special case for a CPU is not in it
     torch.manual_seed(seed)
     loader = bench.loader(train, 2_000, seed=seed, shuffle=True, augment=page["augment"])
-    model = page["FastCNN"]((64, 256, 256), (1, 1, 1), len(train.classes), shortcut=False)
+    model = page["FastCNN"]((64, 256, 256), ("3", "3", "3"), len(train.classes), shortcut=False)
     model.whiten = nn.Conv2d(3, 24, kernel_size=2)
     model.whiten.bias.requires_grad_(False)  # it stands apart from the other biases, with a schedule of its own
     model = model.to(loader.device, memory_format=bench.LAYOUT)
@@ -77,7 +76,7 @@ def plan_of(model, sizes) -> list[tuple[int, bool]]:
     return [(size, epoch < learned) for epoch, size in enumerate(sizes)]
 
 
-def train_recipe(name, train, seed, epochs):
+def train_recipe(name, train, seed, epochs, precision):
     """Return (seconds of training, FLOPs, the model, its page) after training as the recipe says."""
     page, model, loader, optimizers, schedulers, sizes = RECIPES[name](train, seed, epochs)
     criterion = nn.CrossEntropyLoss(label_smoothing=page["LABEL_SMOOTHING"])
@@ -89,10 +88,13 @@ def train_recipe(name, train, seed, epochs):
             copy = deepcopy(model)
             few = page["make_optimizers"](copy, 1, page["BATCH_SIZE"])
             with FlopCounterMode(display=False) as counter:
-                page["train_one_epoch"](copy, [next(iter(loader))], criterion, *few, size, "fp32", scaler)
+                page["train_one_epoch"](copy, [next(iter(loader))], criterion, *few, size, precision, scaler)
+            helpers.synchronize(loader.device)
             counts[kind] = counter.get_total_flops()
         begin, batches = time.perf_counter(), loader.epoch(epoch)
-        losses, _, _ = page["train_one_epoch"](model, batches, criterion, optimizers, schedulers, size, "fp32", scaler)
+        losses, _, _ = page["train_one_epoch"](
+            model, batches, criterion, optimizers, schedulers, size, precision, scaler
+        )
         losses = losses.tolist()
         seconds += time.perf_counter() - begin
         flops += counts[kind] * len(losses)
@@ -105,10 +107,13 @@ def accuracies(arguments) -> None:
     dataset = os.environ.get("LAB_DATASET", "CIFAR10")
     train, test = (helpers.load(dataset, part, (3, 32, 32)) for part in (True, False))
     rows, test_loader = {name: [] for name in arguments.recipes.split(",")}, bench.loader(test, 1_000, train)
+    precision = helpers.pick_precision(test_loader.device, arguments.precision)
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name, results in rows.items():
-            seconds, flops, model, page = train_recipe(name, train, seed, arguments.epochs)
-            plain, views = (helpers.evaluate(m, test_loader)[1] for m in (model, page["AveragedViews"](model)))
+            seconds, flops, model, page = train_recipe(name, train, seed, arguments.epochs, precision)
+            plain, views = (
+                helpers.evaluate(m, test_loader, precision)[1] for m in (model, page["AveragedViews"](model))
+            )
             results.append((plain, views, flops / 1e15, seconds))
             print(f"  {name}, seed {seed}: {plain:.2%}, six views {views:.2%}, {seconds:.0f} s", flush=True)
     lines = []
@@ -118,7 +123,7 @@ def accuracies(arguments) -> None:
         percent = [f"{100 * m:.2f} ± {100 * s:.2f} %" for m, s in zip(mean[:2], spread[:2], strict=True)]
         lines.append([name, len(results), *percent, mean[2], round(mean[3])])
     header = ["recipe", "seeds", "test accuracy", "six views averaged", "PFLOP", "training, s"]
-    bench.table(f"{train.provenance}, {len(train):,} training images, fp32", header, lines)
+    bench.table(f"{train.provenance}, {len(train):,} training images, {precision}", header, lines)
 
 
 def pace(arguments) -> None:
@@ -126,7 +131,7 @@ def pace(arguments) -> None:
     and all passes.
     """
     split, criterion = bench.stand_in("CIFAR.ipynb", 4_000), nn.CrossEntropyLoss(label_smoothing=0.2)
-    plans, runs, measured = {}, {}, {}
+    precision, plans, runs, measured = helpers.pick_precision(helpers.pick_device(), arguments.precision), {}, {}, {}
     for name in arguments.recipes.split(","):
         page, model, loader, optimizers, schedulers, sizes = RECIPES[name](split, 1, arguments.epochs)
         plans[name], batch = plan_of(model, sizes), next(iter(loader))
@@ -137,7 +142,7 @@ def pace(arguments) -> None:
             train_one_epoch, model, batch, options, scaler = runs[name]
             freeze_bias(model, learns)
             begin = time.perf_counter()
-            train_one_epoch(model, [batch], *options, size, "fp32", scaler)[0].tolist()
+            train_one_epoch(model, [batch], *options, size, precision, scaler)[0].tolist()
             times.append((time.perf_counter() - begin) / len(batch[1]))
     rows = []
     for name, plan in plans.items():
@@ -145,7 +150,7 @@ def pace(arguments) -> None:
         text = ", ".join(f"{ms:.2f} at {size} px{' (bias learns)' * learns}" for (size, learns), ms in each.items())
         rows.append([name, len(plan), text, round(50 * sum(each[kind] for kind in plan))])
     header = ["recipe", "passes", "ms an image", "s, all passes over 50,000 images"]
-    bench.table(f"Pace of training steps, measured in turn, median of {arguments.repeats}, fp32", header, rows)
+    bench.table(f"Pace of training steps, measured in turn, median of {arguments.repeats}, {precision}", header, rows)
 
 
 def widths(arguments) -> None:
@@ -174,6 +179,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=1, help="so that several machines share the seeds")
     parser.add_argument("--epochs", type=int, help="of both recipes; default: their own")
+    parser.add_argument("--precision", default="auto", help="of both recipes: auto, fp32, bf16")
     parser.add_argument("--recipes", default="published,page", help="which ones")
     parser.add_argument("--pace", action="store_true", help="see above")
     parser.add_argument("--widths", action="store_true", help="see above")

@@ -317,3 +317,245 @@ def my_network(network, shape):
     count = sum(parameter.numel() for parameter in model.parameters())
     _demand(count, "the network has no parameters: are its layers attributes of self?")
     return f"a network of your own: {count:,} parameters, shapes and first loss are right."
+
+
+# ---------------------------------------------------------------------------------------------------------- CIFAR.ipynb
+
+
+def _chosen(flip, images):
+    return torch.where(flip[:, None, None, None], images.flip(-1), images).float()
+
+
+@_check
+def mirror(function):
+    """`function(images, chances, epoch, alternate)` mirrors the images that the chances choose, [B, C, H, W]."""
+    images, chances = torch.randint(256, (12, 3, 6, 8), dtype=torch.uint8), torch.rand(12, 5)
+    last, third = chances[:, 4] < 0.5, chances[:, 2] < 0.5
+    for epoch, alternate, flip in ((2, True, last), (3, True, ~last), (2, False, third), (3, False, third)):
+        options = {} if alternate else dict(alternate=False)
+        seen = function(images.clone(), chances.clone(), epoch, **options)
+        upright = images.flip(-1) == images
+        wrong = {
+            "no image is mirrored: the last dimension of the images is the width.": images.float(),
+            "all images are mirrored, or none: choose for each image.": images.flip(-1).float(),
+            "the images are upside down: mirror the last dimension, the width.": torch.where(
+                flip[:, None, None, None], images.flip(-2), images
+            ).float(),
+            f"epoch {epoch} mirrors the images that epoch {epoch + 1} should: see which chance decides.": _chosen(
+                ~flip, images
+            ),
+            "with alternate=False the third chance decides, chances[:, 2], in every epoch.": _chosen(
+                last if epoch == 2 else ~last, images
+            ),
+            "with alternate the last chance decides, chances[:, 4], which stays with the image.": _chosen(
+                third, images
+            ),
+        }
+        if epoch == 3 and alternate:
+            odd = "odd epochs mirror the same images as even ones: they should mirror the others."
+            wrong = {odd: _chosen(last, images)} | wrong
+        _demand(not upright.all() and torch.is_tensor(seen), "return the images, [B, C, H, W].")
+        _compare(seen.float(), _chosen(flip, images), wrong, "others are mirrored than the chances choose.")
+    return "mirror: the right images, alternating or not."
+
+
+@_check
+def shift(function):
+    """`function(images, chances, pixels)` moves each image by its own chances, the border reflected."""
+    images, chances, pixels = torch.randint(256, (9, 3, 7, 8), dtype=torch.uint8), torch.rand(9, 5), 2
+    chances[0, :2] = torch.tensor([0.0, 0.999])  # both ends of the range
+
+    def moved(mode="reflect", down=lambda d, r: d, right=lambda d, r: r, most=2 * pixels + 1):
+        begin = (chances[:, :2] * most).long()
+        padded = nn.functional.pad(images.float(), (pixels,) * 4, mode=mode)
+        return torch.stack(
+            [
+                image[:, down(d, r) : down(d, r) + 7, right(d, r) : right(d, r) + 8]
+                for image, (d, r) in zip(padded, begin.tolist(), strict=True)
+            ]
+        )
+
+    first = (chances[0, :2] * (2 * pixels + 1)).long().tolist()
+    seen = function(images.clone(), chances.clone(), pixels)
+    got = list(seen.shape)
+    _demand(got == [9, 3, 7, 8], f"the images should keep their size: [9, 3, 7, 8], not {got}.")
+    wrong = {
+        "one shift for the whole batch: each image has chances of its own.": moved(
+            down=lambda d, r: first[0], right=lambda d, r: first[1]
+        ),
+        "the border is black: pad by reflection.": moved("constant"),
+        "the border is repeated: pad by reflection, mode='reflect'.": moved("replicate"),
+        "what leaves on one side comes back on the other: pad by reflection.": moved("circular"),
+        "rows and columns are exchanged: the first chance moves down, the second to the right.": moved(
+            down=lambda d, r: r, right=lambda d, r: d
+        ),
+        "the shift goes the other way: the window begins at the row that the chance gives.": moved(
+            down=lambda d, r: 4 - d, right=lambda d, r: 4 - r
+        ),
+        "the largest shift is never drawn: there are 2 * pixels + 1 places for a window.": moved(most=2 * pixels),
+        "the images are only moved up and left: there are 2 * pixels + 1 places for a window.": moved(most=pixels + 1),
+        "nothing is moved.": images.float(),
+    }
+    _compare(seen.float(), moved(), wrong, "the images are moved otherwise than the chances say.")
+    return "shift: every image by its own chances, the border reflected."
+
+
+@_check
+def batch_norm(layer):
+    """`layer(channels, momentum, epsilon)` does what nn.BatchNorm2d does, with a bias and no scale."""
+    one, right = layer(3, momentum=0.3, epsilon=0.01), nn.BatchNorm2d(3, momentum=0.3, eps=0.01)
+    bias = torch.tensor([0.5, -1.0, 2.0])
+    right.bias.data.copy_(bias)
+    one.bias.data.copy_(bias)
+    x = 2 * torch.randn(4, 3, 2, 3) + torch.tensor([1.0, -2.0, 0.5]).view(-1, 1, 1)
+    leaf, other = (x.clone().requires_grad_() for _ in range(2))
+    one.train()
+    y, expected = one(leaf), right(other)
+    mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)
+    m, v, b = (t.view(-1, 1, 1) for t in (mean, var, bias))
+    wrong = {
+        "the bias is missing.": expected - b,
+        "the running averages normalise the training batch: take the batch's own mean and variance.": x / 1.01**0.5 + b,
+        "the mean is not subtracted.": x / (v + 0.01).sqrt() + b,
+        "it is divided by the variance, not by its root.": (x - m) / (v + 0.01) + b,
+        "epsilon is missing, or outside of the root.": (x - m) / v.sqrt() + b,
+        "epsilon is outside of the root: √(variance + ε).": (x - m) / (v.sqrt() + 0.01) + b,
+        "the training batch is divided by the variance with 1/(n - 1): here it is the one with 1/n.": (
+            (x - m) / (v * 24 / 23 + 0.01).sqrt() + b
+        ),
+        "the statistics are over the images alone, one for each place: take those over N, H and W.": (
+            (x - x.mean(0)) / (x.var(0, correction=0) + 0.01).sqrt() + b
+        ),
+        "the statistics are those of single images: take those over N, H and W.": (
+            (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), correction=0, keepdim=True) + 0.01).sqrt() + b
+        ),
+        "one mean and variance for all channels: each channel has its own.": (
+            (x - x.mean()) / (x.var(correction=0) + 0.01).sqrt() + b
+        ),
+    }
+    _compare(y.detach(), expected.detach(), {k: w.detach() for k, w in wrong.items()}, "the output in training?")
+    weights = torch.randn(y.shape)
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    text = "the gradient treats mean or variance as constants: detach only what goes into the running averages."
+    _demand(leaf.grad is not None and _close(leaf.grad, other.grad, 1e-3), text)
+    for name, batch, start in (("running_mean", mean, 0.0), ("running_var", var * 24 / 23, 1.0)):
+        value, target = getattr(one, name), getattr(right, name)
+        _demand(not value.requires_grad, f"{name} keeps the graph of the batch: detach.")
+        wrong = {
+            f"{name} did not change: update it in place, in training.": torch.full((3,), start),
+            f"{name} is the batch's: only a share, the momentum, is new.": batch,
+            f"{name} keeps a share of `momentum` of the old value: that is the share of the new one.": (
+                0.3 * start + 0.7 * batch
+            ),
+            "running_var takes the biased variance, 1/n: the average takes the one with 1/(n - 1).": (
+                0.7 * start + 0.3 * var
+            ),
+        }
+        _compare(value, target, wrong, f"{name} is {value.tolist()}, it should be {target.tolist()}.")
+    one.eval()
+    right.eval()
+    before, z = one.running_mean.clone(), x[:1] + 3
+    m, v = z.mean((0, 2, 3)).view(-1, 1, 1), z.var((0, 2, 3), correction=0).view(-1, 1, 1)
+    batch = "in evaluation the batch's statistics are used: take the running averages, see self.training."
+    _compare(one(z).detach(), right(z).detach(), {batch: (z - m) / (v + 0.01).sqrt() + b}, "the output in evaluation?")
+    _demand(_close(one.running_mean, before), "the running averages move in evaluation: only in training.")
+    return "batch normalisation: training, running averages, gradient and evaluation."
+
+
+@_check
+def block(layer):
+    """`layer(in, out, kernels, shortcut)`: convolution, pooling, norm, SiLU, then refinements with a sum around."""
+    one, x = layer(4, 6, "31"), torch.randn(5, 4, 8, 8)
+    for refine in one.refine:  # no identity: each refinement must count
+        nn.init.normal_(refine[0].weight, std=0.3)
+    f, norm = nn.functional, functools.partial(nn.functional.batch_norm, running_mean=None, running_var=None)
+
+    def forward(shortcut=True, pool=f.max_pool2d, active=f.silu, normed=True, chain=True, each=False, after=False):
+        x1 = one.conv(x)
+        x1 = pool(x1, 2)
+        x1 = norm(x1, training=True, bias=one.norm.bias) if normed else x1
+        x1 = y = active(x1)
+        for layers in one.refine:
+            y = y + layers(y) if each else layers(y if chain else x1)
+        y = x1 + y if shortcut and not each else y
+        return active(y) if after else y
+
+    with torch.no_grad():
+        right, wrong = forward(), {}
+        for sentence, options in {
+            "x is not added: with the shortcut it is x + y.": dict(shortcut=False),
+            "the pooling takes the average.": dict(pool=f.avg_pool2d),
+            "the activation is ReLU: take SiLU.": dict(active=f.relu),
+            "the activation is missing behind the first normalisation.": dict(active=lambda x: x),
+            "the first normalisation, self.norm, is missing.": dict(normed=False),
+            "each refinement gets x: it should get what the one before made.": dict(chain=False),
+            "x is added after every refinement: once, around all of them.": dict(each=True),
+            "an activation behind the sum: return the sum as it is.": dict(after=True),
+        }.items():
+            wrong[sentence] = forward(**options)
+        y = one(x)
+        got = list(y.shape)
+        _demand(got == [5, 6, 4, 4], f"images of 8 × 8 should become [5, 6, 4, 4], not {got}: is the pooling there?")
+        wrong["the sum is 2 x: y is never refined, or x is replaced by it."] = 2 * forward(False)
+        _compare(y, right, wrong, "the output is another one: conv, pooling, norm, SiLU, refinements, sum?")
+        one.shortcut = False
+        _demand(_close(one(x), forward(shortcut=False)), "without self.shortcut the result of the refinements alone.")
+    return "a block: its halves, its refinements and the sum."
+
+
+@_check
+def schedule(function):
+    """`function(step, steps)` falls in a straight line from 1 to 0, and not below."""
+    seen = torch.tensor([float(function(step, 8)) for step in range(9)])
+    line = torch.linspace(1, 0, 9)
+    wrong = {
+        "it rises: 1 at step 0, 0 at the end.": line.flip(0),
+        "it does not fall.": torch.ones(9),
+        "it reaches 0 a step early: divide by steps.": (1 - torch.arange(9) / 7).clamp(min=0),
+        "it drops at once: is the division one of whole numbers?": (line == 1).float(),
+        "it falls along a cosine: a straight line is wanted.": (1 + torch.cos(math.pi * (1 - line))) / 2,
+    }
+    _compare(seen, line, wrong, f"the factors of eight steps are {seen.tolist()}, not {line.tolist()}.")
+    beyond = float(function(9, 8))
+    _demand(beyond >= 0, f"step 9 of 8 gives {beyond:.3f}: never below 0.")
+    _demand(beyond == 0, f"step 9 of 8 gives {beyond:.3f}: it stays at 0.")
+    return "the schedule: from 1 to 0, and not below."
+
+
+@_check
+def data_parallel(function):
+    """`function(model, criterion, parts)` returns the gradients of the whole batch from those of its parts."""
+    model, criterion = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), nn.CrossEntropyLoss()
+    model[0].bias.requires_grad_(False)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    parts = [(torch.randn(size, 4), torch.randint(3, (size,))) for size in (6, 2, 4)]
+    each = [torch.autograd.grad(criterion(model(x), y), weights) for x, y in parts]
+    sizes = torch.tensor([6.0, 2.0, 4.0])
+
+    def mix(shares):
+        return torch.cat(
+            [sum(s * g for s, g in zip(shares, gs, strict=True)).flatten() for gs in zip(*each, strict=True)]
+        )
+
+    right = mix(sizes / 12)
+    gradients = list(function(model, criterion, parts))
+    again = list(function(model, criterion, parts))
+    got = [list(g.shape) for g in gradients]
+    want = [list(p.shape) for p in weights]
+    _demand(got == want, f"the gradients should have the shapes {want}, one for each trainable weight, not {got}.")
+    wrong = {
+        "the gradients are added, not averaged.": mix(torch.ones(3)),
+        "the mean of the parts' means: weight each part by its number of images.": mix(torch.ones(3) / 3),
+        "these are sums over images: divide by the number of all images.": mix(sizes),
+        "the gradients of the last part alone.": mix(torch.tensor([0.0, 0.0, 1.0])),
+        "the gradients of the first part alone.": mix(torch.tensor([1.0, 0.0, 0.0])),
+        "the gradients of earlier parts are counted again: zero_grad before each backward.": mix(
+            torch.tensor([12.0, 6.0, 4.0]) / 12
+        ),
+    }
+    flat, second = (torch.cat([g.detach().flatten() for g in gs]) for gs in (gradients, again))
+    _compare(flat, right, wrong, "the gradients differ from those of the whole batch.")
+    text = "a second call gives something else: what does the first one leave in .grad?"
+    _demand(_close(second, right), text)
+    return "data parallel: three parts give the gradients of the whole batch."

@@ -3,7 +3,7 @@
     LAB_DATASET=… python tests/experiments.py cifar|mnist [--seeds N] [--names "name,name"] [--rows "row,row"]
 
 The variants, the training and the settings are the page's own: its definitions are executed, and then each cell that
-calls `experiment`. CIFAR.ipynb has one more, "recipe", the ablation at the start of that section: each of its `--rows`
+calls `experiment`. CIFAR.ipynb has one more, "recipe", the ablation in its optional part: each of its `--rows`
 is trained by the page's `train_row`, with the sizes of RECIPE. Accuracies are on images held out of the training set;
 the test set is not read. Each experiment is stored as soon as it is there, the recipe after each training. What is not
 named, an experiment or a row of the recipe, keeps what was stored.
@@ -109,7 +109,7 @@ def train_recipe(page: dict, data, rows: list[str], seeds: int, variants: dict, 
     part = part.subset(torch.arange(min(sizes["train"], len(part))))
     setting = f"{len(part):,} training and {len(held_out):,} held-out images, widths {sizes['widths']}, "
     setting += f"{sizes['epochs']} epochs in batches of {sizes['batch_size']}, fp32"
-    shape = sizes["widths"], page["DEPTHS"], sizes["epochs"], sizes["batch_size"]
+    shape = sizes["widths"], page["REFINE"], sizes["epochs"], sizes["batch_size"]
     variants = {row: [] if row in rows else variants.get(row, []) for row in page["recipe_rows"]()}
     for seed in range(1, seeds + 1):
         for row in rows:  # seed by seed, so that slow hours of a shared machine hit all rows alike

@@ -10,7 +10,7 @@ from torch import nn
 import notebooks
 from tests import checks
 
-mnist = notebooks.definitions("MNIST.ipynb")
+mnist, cifar = (notebooks.definitions(name) for name in notebooks.NAMES)
 
 
 def net(*layers):
@@ -125,7 +125,137 @@ def evaluation(mode=True, grad=False, restore=True, exact=True, percent=1, total
     return evaluate
 
 
+def mirrored(dim=-1, every=False, last=4, third=2, swap=False, alternating=True):
+    """A mirror with one thing wrong."""
+
+    def mirror(images, chances, epoch, alternate=True):
+        flip = chances[:, last if alternate else third] < 0.5
+        if alternate and alternating:
+            flip = flip ^ (epoch % 2 == 1)
+        flip = torch.full_like(flip, True) if every else flip ^ swap
+        return torch.stack([image.flip(dim) if f else image for image, f in zip(images, flip, strict=True)])
+
+    return mirror
+
+
+def shifted(mode="reflect", one=False, swap=False, back=False, most=None):
+    """A shift with one thing wrong, image by image."""
+
+    def shift(images, chances, pixels):
+        height, width = images.shape[2:]
+        padded = F.pad(images.float(), (pixels,) * 4, mode=mode)
+        places = (chances[:, :2] * (most(pixels) if most else 2 * pixels + 1)).long()
+        places = places[:1].expand_as(places) if one else 2 * pixels - places if back else places
+        windows = []
+        for image, (y, x) in zip(padded, (places.flip(1) if swap else places).tolist(), strict=True):
+            windows.append(image[:, y : y + height, x : x + width])
+        return torch.stack(windows)
+
+    return shift
+
+
+def norm(change=lambda self, m, v: (m, v), output=None, axes=(0, 2, 3), running=None, always=False, how=None):
+    """A BatchNorm with one thing wrong."""
+
+    class Norm(nn.Module):
+        def __init__(self, channels, momentum=0.1, epsilon=1e-5):
+            super().__init__()
+            self.momentum, self.epsilon = momentum, epsilon
+            self.bias = nn.Parameter(torch.zeros(channels))
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_var", torch.ones(channels))
+
+        def forward(self, x):
+            m, v = self.running_mean.view(-1, 1, 1), self.running_var.view(-1, 1, 1)
+            if self.training or always:
+                m, v = x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)
+            if self.training:
+                (running or standard)(self, x)
+                m, v = change(self, m, v)
+            return (output or normal)(x, m, v, self.epsilon, self.bias.view(-1, 1, 1))
+
+    return Norm
+
+
+def normal(x, m, v, epsilon, bias):
+    return (x - m) / (v + epsilon).sqrt() + bias
+
+
+def standard(self, x, mean=True, correction=1, share=None, detach=True):
+    x, share = x.detach() if detach else x, self.momentum if share is None else share(self.momentum)
+    new = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=correction)
+    self.running_mean = (1 - share) * self.running_mean + share * new[0] if mean else self.running_mean
+    self.running_var = (1 - share) * self.running_var + share * new[1]
+
+
+class Drifting(norm()):
+    """Its running averages move in evaluation too."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if not self.training:
+            standard(self, x)
+        return y
+
+
+def block(forward):
+    """The page's Block with another forward(self, x)."""
+    return type("Other", (cifar["Block"],), {"forward": forward})
+
+
+def stages(pool=F.max_pool2d, normed=True, active=F.silu, last=lambda x, y: x + y, chain=True):
+    def forward(self, x):
+        x = self.conv(x)
+        x = pool(x, 2)
+        x = active(self.norm(x) if normed else x)
+        y = x
+        for layers in self.refine:
+            y = layers(y if chain else x)
+        return last(x, y) if self.shortcut else y
+
+    return forward
+
+
+def every_sum(self, x):
+    x = F.silu(self.norm(F.max_pool2d(self.conv(x), 2)))
+    for layers in self.refine:
+        x = x + layers(x)
+    return x
+
+
+def parts_of(mix, backward=False, zero=True):
+    """A data_parallel_gradients that puts the parts together with mix(sizes)."""
+
+    def gradients(model, criterion, parts):
+        weights = [p for p in model.parameters() if p.requires_grad]
+        shares = mix(torch.tensor([float(len(labels)) for _, labels in parts]))
+        total = [torch.zeros_like(p) for p in weights]
+        for (images, labels), share in zip(parts, shares.tolist(), strict=True):
+            loss = criterion(model(images), labels)
+            if backward:
+                model.zero_grad() if zero else None
+                loss.backward()
+                each = [p.grad for p in weights]
+            else:
+                each = torch.autograd.grad(loss, weights)
+            for t, g in zip(total, each, strict=True):
+                t.add_(g, alpha=share)
+        return total
+
+    return gradients
+
+
+fair = lambda sizes: sizes / sizes.sum()  # noqa: E731
 RIGHT = [
+    *[(checks.mirror, f) for f in (cifar["mirror"], mirrored())],
+    *[(checks.shift, f) for f in (cifar["shift"], shifted())],
+    *[(checks.batch_norm, layer) for layer in (cifar["BatchNorm"], norm())],
+    *[(checks.block, layer) for layer in (cifar["Block"], block(stages()))],
+    *[
+        (checks.schedule, f)
+        for f in (cifar["schedule"], lambda step, steps: torch.tensor(max(steps - step, 0)) / steps)
+    ],
+    *[(checks.data_parallel, f) for f in (cifar["data_parallel_gradients"], parts_of(fair), parts_of(fair, True))],
     *[(checks.lenet5, net) for net in (mnist["LeNet5"], lenet(), Functional)],
     *[(checks.cross_entropy, f) for f in (mnist["cross_entropy"], lse, F.cross_entropy)],
     *[(checks.sgd_step, f) for f in (mnist["sgd_step"], both(plain, down))],
@@ -184,6 +314,87 @@ WRONG = [
     (checks.evaluate, evaluation(add=True), "the losses are added"),
     (checks.evaluate, evaluation(total=True), "the accuracy is a number of images"),
     (checks.evaluate, evaluation(percent=100), "in per cent"),
+    (checks.mirror, lambda images, *_, **__: images, "no image is mirrored"),
+    (checks.mirror, mirrored(every=True), "all images are mirrored, or none"),
+    (checks.mirror, mirrored(dim=-2), "upside down"),
+    (checks.mirror, mirrored(swap=True), "mirrors the images that epoch"),
+    (checks.mirror, mirrored(alternating=False), "odd epochs mirror the same images as even ones"),
+    (checks.mirror, mirrored(last=2), "with alternate the last chance decides"),
+    (
+        checks.mirror,
+        lambda images, chances, epoch, alternate=True: mirrored()(images, chances, epoch),
+        "the third chance",
+    ),
+    (checks.shift, shifted(one=True), "one shift for the whole batch"),
+    (checks.shift, shifted("constant"), "the border is black"),
+    (checks.shift, shifted("replicate"), "the border is repeated"),
+    (checks.shift, shifted("circular"), "comes back on the other"),
+    (checks.shift, shifted(swap=True), "rows and columns are exchanged"),
+    (checks.shift, shifted(back=True), "the shift goes the other way"),
+    (checks.shift, shifted(most=lambda p: 2 * p), "the largest shift is never drawn"),
+    (checks.shift, shifted(most=lambda p: p + 1), "only moved up and left"),
+    (checks.shift, lambda images, *_: images, "nothing is moved"),
+    (checks.shift, lambda images, *_: F.pad(images, (2,) * 4), "keep their size"),
+    (checks.batch_norm, norm(output=lambda x, m, v, e, b: normal(x, m, v, e, 0)), "the bias is missing"),
+    (
+        checks.batch_norm,
+        norm(change=lambda self, m, v: (0, torch.ones(1))),
+        "the running averages normalise the training batch",
+    ),
+    (checks.batch_norm, norm(output=lambda x, m, v, e, b: normal(x, 0, v, e, b)), "the mean is not subtracted"),
+    (checks.batch_norm, norm(output=lambda x, m, v, e, b: (x - m) / (v + e) + b), "by the variance, not by its root"),
+    (checks.batch_norm, norm(output=lambda x, m, v, e, b: (x - m) / v.sqrt() + b), "epsilon is missing"),
+    (
+        checks.batch_norm,
+        norm(output=lambda x, m, v, e, b: (x - m) / (v.sqrt() + e) + b),
+        "epsilon is outside of the root:",
+    ),
+    (checks.batch_norm, norm(change=lambda self, m, v: (m, v * 24 / 23)), "divided by the variance with 1/(n - 1)"),
+    (checks.batch_norm, norm(axes=(0,)), "over the images alone"),
+    (checks.batch_norm, norm(axes=(2, 3)), "those of single images"),
+    (checks.batch_norm, norm(axes=(0, 1, 2, 3)), "one mean and variance for all channels"),
+    (checks.batch_norm, norm(change=lambda self, m, v: (m.detach(), v.detach())), "mean or variance as constants"),
+    (checks.batch_norm, norm(running=lambda self, x: standard(self, x, detach=False)), "keeps the graph of the batch"),
+    (checks.batch_norm, norm(running=lambda self, x: None), "running_mean did not change"),
+    (checks.batch_norm, norm(running=lambda self, x: standard(self, x, mean=False)), "running_mean did not change:"),
+    (
+        checks.batch_norm,
+        norm(running=lambda self, x: standard(self, x, share=lambda m: 1)),
+        "running_mean is the batch's",
+    ),
+    (
+        checks.batch_norm,
+        norm(running=lambda self, x: standard(self, x, share=lambda m: 1 - m)),
+        "keeps a share of `momentum`",
+    ),
+    (checks.batch_norm, norm(running=lambda self, x: standard(self, x, correction=0)), "running_var takes the biased"),
+    (checks.batch_norm, norm(always=True), "in evaluation the batch's statistics are used"),
+    (checks.batch_norm, Drifting, "the running averages move in evaluation"),
+    (checks.block, block(stages(last=lambda x, y: y)), "x is not added"),
+    (checks.block, block(stages(pool=F.avg_pool2d)), "the pooling takes the average"),
+    (checks.block, block(stages(pool=lambda x, _: x)), "is the pooling there?"),
+    (checks.block, block(stages(active=F.relu)), "the activation is ReLU"),
+    (checks.block, block(stages(active=lambda x: x)), "missing behind the first normalisation"),
+    (checks.block, block(stages(normed=False)), "self.norm, is missing"),
+    (checks.block, block(stages(chain=False)), "each refinement gets x"),
+    (checks.block, block(every_sum), "x is added after every refinement"),
+    (checks.block, block(stages(last=lambda x, y: F.silu(x + y))), "an activation behind the sum"),
+    (checks.block, block(stages(last=lambda x, y: 2 * y)), "the sum is 2 x"),
+    (checks.block, block(lambda self, x: stages()(type("", (), vars(self))(), x)), "it stops with"),
+    (checks.schedule, lambda step, steps: 1 - step / steps, "never below 0"),
+    (checks.schedule, lambda step, steps: min(1.0, step / steps), "it rises"),
+    (checks.schedule, lambda step, steps: 1.0, "it does not fall"),
+    (checks.schedule, lambda step, steps: max(0.0, 1 - step / (steps - 1)), "it reaches 0 a step early"),
+    (checks.schedule, lambda step, steps: max(0, (steps - step) // steps), "it drops at once"),
+    (checks.schedule, lambda step, steps: (1 + math.cos(math.pi * step / steps)) / 2, "along a cosine"),
+    (checks.schedule, lambda step, steps: abs(1 - step / steps), "it stays at 0"),
+    (checks.data_parallel, parts_of(torch.ones_like), "added, not averaged"),
+    (checks.data_parallel, parts_of(lambda sizes: torch.ones(3) / 3), "weight each part"),
+    (checks.data_parallel, parts_of(lambda sizes: sizes), "these are sums over images"),
+    (checks.data_parallel, parts_of(lambda sizes: torch.tensor([0.0, 0.0, 1.0])), "of the last part alone"),
+    (checks.data_parallel, parts_of(lambda sizes: torch.tensor([1.0, 0.0, 0.0])), "of the first part alone"),
+    (checks.data_parallel, parts_of(fair, True, zero=False), "counted again"),
+    (checks.data_parallel, lambda model, criterion, parts: [], "should have the shapes"),
     (checks.guesses, {"a": 10, "b": "many"}, "the guess for 'b'"),
     (checks.guesses, {"a": 1010}, "the guess for 'a'"),
 ]
@@ -213,7 +424,10 @@ def test_the_sentences_differ():
     assert len(set(sentences)) == len(sentences)
 
 
-@pytest.mark.parametrize("check", [checks.cross_entropy, checks.sgd_step, checks.train_one_epoch, checks.evaluate])
+FUNCTIONS = [checks.cross_entropy, checks.sgd_step, checks.train_one_epoch, checks.evaluate]
+
+
+@pytest.mark.parametrize("check", [*FUNCTIONS, checks.mirror, checks.shift, checks.schedule, checks.data_parallel])
 def test_an_empty_blank_says_not_written_yet(check):
     def blank(*arguments, **options):
         raise NotImplementedError("not written yet: exercise 3, about 10 minutes")

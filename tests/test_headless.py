@@ -34,7 +34,7 @@ def read_run(runs, lab):
     [events] = directory.glob("events.out.tfevents.*")
     files = {"checkpoint.pt", "config.json", "history.json", "metrics.json", "nvidia-smi.txt"}
     files |= {"report.html", events.name}
-    others = {".lock", "projector_config.pbtxt"}
+    others = {".lock", "projector_config.pbtxt", "trace.json.gz"}
     assert {path.name for path in directory.iterdir() if path.is_file()} - others == files
     config, history, metrics = (
         json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
@@ -60,7 +60,9 @@ def read_run(runs, lab):
     results = directory / "results"
     figures = {path.relative_to(results).with_suffix("").as_posix() for path in results.rglob("*.png")}
     assert {"test/confusion", "test/mistakes"} <= figures <= set(tags["images"])
-    tables = {path.relative_to(results).with_suffix("").as_posix() for path in results.rglob("*.md")}
+    closed = (directory / "report.html").stat().st_mtime  # what optional experiments add later is in no events file
+    tables = [path for path in results.rglob("*.md") if path.stat().st_mtime <= closed]
+    tables = {path.relative_to(results).with_suffix("").as_posix() for path in tables}
     assert tables
     assert {f"{name}/text_summary" for name in tables} <= set(tags["tensors"])
     return metrics, set(scalars), tags

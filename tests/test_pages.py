@@ -107,11 +107,13 @@ class TestFastCNN:
         shapes = shapes_of(model.blocks, model.blocks, torch.zeros(2, 24, 31, 31))
         assert shapes == [(64, 15, 15), (128, 7, 7), (256, 3, 3)]
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-        assert sum(p.numel() for p in model.parameters()) == 1_899_296
+        assert sum(p.numel() for p in model.parameters()) == 1_735_456
 
     @pytest.mark.parametrize("size", [20, 24, 28, 32])
     def test_any_resolution(self, size):
-        assert cifar()["FastCNN"](widths=(8, 16), depths=(1, 1), classes=7)(torch.zeros(2, 3, size, size)).shape == (
+        assert cifar()["FastCNN"](widths=(8, 16), refine=("1", "3"), classes=7)(
+            torch.zeros(2, 3, size, size)
+        ).shape == (
             2,
             7,
         )
@@ -123,7 +125,7 @@ class TestFastCNN:
         assert torch.allclose(block.refine[0][0](x), x, atol=1e-5)
 
     def test_whitened_channels_are_uncorrelated(self):
-        model = cifar()["FastCNN"](widths=(8,), depths=(1,))
+        model = cifar()["FastCNN"](widths=(8,), refine=("3",))
         base = torch.randn(200, 3, 9, 9)
         images = base + base.roll(1, dims=-1) + base.roll(1, dims=1)  # neighbours and colours are correlated
         cifar()["whiten"](model.whiten, images)

@@ -105,7 +105,7 @@ def test_a_row_of_the_ablation_trains(name):
     page = cifar()
     data = helpers.load("CIFAR10", True, (3, 32, 32)).subset(torch.arange(400))
     part, held_out = helpers.hold_out(data, 100, 0)
-    arguments = (page["recipe_rows"]()[name], part, held_out, CPU, (8, 8, 8), (1, 1, 1), 2, 50, 1)
+    arguments = (page["recipe_rows"]()[name], part, held_out, CPU, (8, 8, 8), ("1", "3", "3"), 2, 50, 1)
     results = [page["train_row"](*arguments) for _ in range(2)]
     assert results[0][:2] == results[1][:2], "same seed, same accuracy"
     assert all(0 <= accuracy <= 1 for accuracy in results[0][:2])
