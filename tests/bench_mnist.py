@@ -1,6 +1,7 @@
-"""Seconds of training to 99.0 % on MNIST's test set: `python tests/bench_mnist.py [--seeds N] [--epochs N]`.
+"""Seconds of training to 99.0 % on MNIST's test set: `python tests/bench_mnist.py [--seeds N] [--epochs N] [--long]`.
 
-LeNet-5 of the page against the well-known example of two convolutions, in turn. LAB_DATA holds the official files.
+LeNet-5 of the page against the well-known example of two convolutions, in turn. With `--long` LeNet-5 for thirty
+passes, with the page's optimizer and with Muon. LAB_DATA holds the official files.
 """
 
 import statistics
@@ -13,7 +14,7 @@ import bench
 import helpers
 import notebooks
 
-CLASSIC = notebooks.definitions("CIFAR.ipynb")  # its ClassicDataset
+CLASSIC = notebooks.definitions("CIFAR.ipynb")  # its ClassicDataset and Muon
 MOMENTS = dict(mean=torch.tensor([0.1307]), std=torch.tensor([0.3081]))
 
 
@@ -53,27 +54,58 @@ def train_classic(train, test_loader, seed, target, epochs):
     return seconds, accuracy
 
 
-# Chosen on 10,000 held-out training images, three to five seeds each, among 28 settings for two or three passes:
-# 98.94 ± 0.03 % after two. Where two passes miss the target, training starts again with more, and all seconds count.
-SPRINT = dict(BATCH_SIZE=125, LEARNING_RATE=0.1)
-SMOOTHING, TRIES = 0.05, (2, 4, 6)
+# Chosen on 10,000 held-out training images, three seeds each, among 24 settings for one or two passes: 98.84 ± 0.04 %
+# after one. Where a pass misses the target, training starts again with more, and all seconds count.
+SPRINT = dict(BATCH_SIZE=250, TRANSLATE=1, DISTORT=0.0)
+MUON_RATE, RATE, RISE, SMOOTHING, TRIES = 0.14, 0.2, 0.2, 0.1, (1, 2, 4)
+
+
+class Together(list):
+    """Several optimizers, or schedulers, that are called as one."""
+
+    def zero_grad(self, set_to_none=True):
+        for one in self:
+            one.zero_grad(set_to_none)
+
+    def step(self):
+        for one in self:
+            one.step()
+
+
+@torch.no_grad()
+def initialise(model):
+    """He's initial weights (2015), and a tenth of them for the last layer."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
+    layers[-1].weight.mul_(0.1)
+    return model
+
+
+def optimizers(model, steps, muon_rate=MUON_RATE, rate=RATE, rise=RISE):
+    """Muon of CIFAR.ipynb for all weights but the last layer's, which get SGD like the biases; both rise, then fall."""
+    *matrices, last = (weight for weight in model.parameters() if weight.ndim > 1)
+    others = [last, *(weight for weight in model.parameters() if weight.ndim == 1)]
+    sgd = torch.optim.SGD(others, rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    made = Together([CLASSIC["Muon"](matrices, muon_rate), sgd])
+    options = dict(total_steps=steps, pct_start=rise, cycle_momentum=False)
+    cycles = [torch.optim.lr_scheduler.OneCycleLR(one, one.param_groups[0]["lr"], **options) for one in made]
+    return made, Together(cycles)
 
 
 def train_page(train, test_loader, seed, target):
-    """Return the seconds of training LeNet-5 with the page's recipe and the settings above until the test accuracy is
+    """Return the seconds of training the page's LeNet-5 with its loop and the settings above until the test accuracy is
     `target`, and that accuracy.
     """
-    page, seconds, criterion = (
-        notebooks.page("MNIST.ipynb", **SPRINT),
-        0.0,
-        nn.CrossEntropyLoss(label_smoothing=SMOOTHING),
-    )
+    page, seconds = notebooks.page("MNIST.ipynb", **SPRINT), 0.0
+    criterion = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
     options = dict(device=test_loader.device, **MOMENTS, layout=bench.LAYOUT, shuffle=True, augment=page["augment"])
     for epochs in TRIES:
         torch.manual_seed(seed)
         loader = helpers.Loader(train, page["BATCH_SIZE"], **options, seed=seed)
-        model = page["LeNet5"]().to(memory_format=bench.LAYOUT)
-        optimizer, scheduler = page["make_optimizer"](model, epochs * len(loader))
+        model = initialise(page["LeNet5"]()).to(memory_format=bench.LAYOUT)
+        optimizer, scheduler = optimizers(model, epochs * len(loader))
         begin = time.perf_counter()
         for epoch in range(1, epochs + 1):
             page["train_one_epoch"](model, loader.epoch(epoch), criterion, optimizer, scheduler)[0].tolist()
@@ -85,15 +117,54 @@ def train_page(train, test_loader, seed, target):
     return seconds, accuracy
 
 
+def train_long(train, test_loader, seed, muon):
+    """Return the seconds of thirty passes of the page's `full` settings, and the test accuracy; with Muon the rates are
+    the better of two on 10,000 held-out images (99.47 ± 0.07 %, three seeds; the page's optimizer 99.39 ± 0.07 %).
+    """
+    page, epochs = notebooks.page("MNIST.ipynb", BATCH_SIZE=250, TRANSLATE=2, DISTORT=10.0), 30
+    torch.manual_seed(seed)
+    options = dict(device=test_loader.device, **MOMENTS, layout=bench.LAYOUT, shuffle=True, augment=page["augment"])
+    loader = helpers.Loader(train, page["BATCH_SIZE"], **options, seed=seed)
+    model, smoothing = page["LeNet5"](), SMOOTHING if muon else 0
+    model = (initialise(model) if muon else model).to(memory_format=bench.LAYOUT)
+    steps = epochs * len(loader)
+    optimizer, scheduler = optimizers(model, steps, 0.05, 0.1, 0.3) if muon else page["make_optimizer"](model, steps)
+    criterion, begin = nn.CrossEntropyLoss(label_smoothing=smoothing), time.perf_counter()
+    for epoch in range(1, epochs + 1):
+        page["train_one_epoch"](model, loader.epoch(epoch), criterion, optimizer, scheduler)[0].tolist()
+    return time.perf_counter() - begin, helpers.evaluate(model, test_loader)[1]
+
+
+def long(train, test_loader, seeds) -> None:
+    """Train both with each seed, print the table."""
+    rows = {"the page's optimizer": [], "Muon, label smoothing 0.1, He's weights": []}
+    for seed in range(seeds):
+        for muon, (name, results) in enumerate(rows.items()):
+            results.append(train_long(train, test_loader, seed, bool(muon)))
+            print(f"  {name}, seed {seed}: {results[-1][1]:.2%} after {results[-1][0]:.1f} s", flush=True)
+    lines = []
+    for name, results in rows.items():
+        seconds, accuracies = zip(*results, strict=True)
+        spread = statistics.stdev(accuracies) if seeds > 1 else 0
+        lines.append([name, statistics.mean(seconds), f"{statistics.mean(accuracies):.2%} ± {100 * spread:.2f}"])
+    bench.table(
+        f"LeNet-5, 30 passes over {train.provenance}, {seeds} seeds", ["optimizer", "s", "test accuracy"], lines
+    )
+
+
 def main() -> None:
     """Train both with each seed, print the table."""
     parser = bench.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=14, help="at most, of the classic example")
+    parser.add_argument("--long", action="store_true", help="LeNet-5 for thirty passes instead")
     arguments = parser.parse_args()
     helpers.reuse_memory()  # as the page does; the classic example gains by it too
     train, test = (helpers.load("MNIST", part, (1, 28, 28)) for part in (True, False))
     test_loader = helpers.Loader(test, 1_000, torch.device("cpu"), **MOMENTS, layout=bench.LAYOUT)
+    if arguments.long:
+        long(train, test_loader, arguments.seeds)
+        return
     rows = {"classic example, 1.2 M parameters": [], "LeNet-5 of MNIST.ipynb, 61,706": []}
     for seed in range(arguments.seeds):
         classic = train_classic(train, test_loader, seed, 0.99, arguments.epochs)
