@@ -1,15 +1,14 @@
 """What both notebooks share and nobody learns from by reading it in the middle of a lab.
 
 In this order: settings, environment and device, processes, data, batches and evaluation, monitor, run, figures,
-TensorBoard and report, command line. Importing this module reads no file, starts nothing and prints nothing.
+TensorBoard. `python -m helpers` is in tests/documents.py, with all that is made of finished runs. Importing this module
+reads no file, starts nothing and prints nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import atexit
-import base64
 import collections
 import contextlib
 import ctypes
@@ -18,7 +17,6 @@ import gzip
 import hashlib
 import importlib.metadata
 import io
-import itertools
 import json
 import linecache
 import math
@@ -32,15 +30,21 @@ import tarfile
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports that take seconds, for --help
+    from tests.documents import main
+
+    sys.exit(main())
+
 import filelock
 import matplotlib.figure
-import mistune
+import matplotlib.text
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -51,11 +55,42 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).absolute().parent  # of the link, where this module is one
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
+LANGUAGE = "en"  # of messages and figures, where LAB_LANG does not name one; the Chinese edition has "zh" here
+
+
+@functools.cache
+def _templates() -> list[tuple[re.Pattern, str]]:
+    """The messages that have a translation, the longest first: a pattern, and the text with `{}` for what varies."""
+    language = os.environ.get("LAB_LANG", LANGUAGE)
+    file = HERE / "tests" / language / "messages.md"
+    if language == "en" or not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and " | " in line]
+    rows = sorted((row for row in rows if len(row) == 2 and row[1] != "="), key=lambda row: -len(row[0]))
+    return [(re.compile(re.escape(english).replace(r"\{\}", "(.*?)")), text) for english, text in rows]
+
+
+def translate(text: str) -> str:
+    """The text, whole or line by line, in the language of LAB_LANG; what has no translation stays."""
+    for pattern, other in _templates():
+        if found := pattern.fullmatch(text):
+            return other.format(*map(translate, found.groups()))
+    return "\n".join(map(translate, text.split("\n"))) if "\n" in text else text
+
+
+def say(*texts, **options) -> None:
+    """Print the texts, each on lines of its own, in the language of LAB_LANG."""
+    print(*(translate(str(text)) for text in texts), sep="\n", **options)
 
 
 class LabError(Exception):
     """A mistake in the input: says what is wrong, where, and what to do."""
+
+    def __str__(self):
+        return translate(super().__str__())
 
     def _render_traceback_(self):  # IPython shows these lines and no stack: the mistake is not in the code
         return [f"{type(self).__name__}: {self}"]
@@ -67,7 +102,19 @@ class DataUnavailable(LabError):
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
-MODULE_SETTINGS = {"DATA", "FAST", "MIRRORS", "OFFLINE", "RUNS"}  # LAB_ names that this module reads itself
+MODULE_SETTINGS = {
+    "DATA",
+    "FAST",
+    "LANG",
+    "MIRRORS",
+    "OFFLINE",
+    "REPOSITORY",
+    "RUNS",
+}  # LAB_ names that this module reads itself
+WHOLE = dict.fromkeys("EPOCHS BATCH_SIZE EXPERIMENT_SEEDS EXPERIMENT_IMAGES EXPERIMENT_EPOCHS".split(), 1)
+WHOLE |= dict(SEED=0, TRANSLATE=0, VALIDATION=0, WIDTHS=1, EXPERIMENT_WIDTHS=1, RESOLUTIONS=16)  # the least values
+SEVERAL = {"WIDTHS", "EXPERIMENT_WIDTHS", "RESOLUTIONS", "REFINE"}
+REAL = re.compile("_RATE|MOMENTUM|DECAY|SMOOTHING|DISTORT")
 TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
@@ -80,12 +127,18 @@ class Settings(dict):
         self.update(self.now())
 
     def now(self) -> dict:
-        """The values that they have on the page now, as JSON has them. Raises LabError for one that is no setting."""
+        """The values that they have on the page now, as JSON has them. Raises LabError for one that cannot be."""
         values = {name: self.namespace[name] for name in self}
         for name, value in values.items():
-            parts = value if isinstance(value, tuple | list) else [value]
+            parts, least = value if isinstance(value, tuple | list) else [value], WHOLE.get(name)
             if not all(isinstance(part, bool | int | float | str) for part in parts):
                 raise LabError(f"{name} = {value!r}: a setting is a number, a text, True, False, or a tuple of these.")
+            if name in SEVERAL and not isinstance(value, tuple | list):
+                raise LabError(f"{name} = {value!r}: a tuple is wanted, with a value for each block or epoch.")
+            if least is not None and not (parts and all(type(part) is int and part >= least for part in parts)):
+                raise LabError(f"{name} = {value!r}: a whole number is wanted, {least} or more.")
+            if REAL.search(name) and not all(type(part) in (int, float) and 0 <= part < math.inf for part in parts):
+                raise LabError(f"{name} = {value!r}: a number is wanted, 0 or more.")
         return json.loads(json.dumps(values))
 
 
@@ -98,13 +151,14 @@ def settings(namespace: dict, *, last: bool = False, free: str = "") -> Settings
     """
     caller, before = sys._getframe(1), namespace.get("SETTINGS")
     cell = ast.parse("".join(linecache.getlines(caller.f_code.co_filename))).body
-    above = [node for node in cell if isinstance(node, ast.Assign) and node.lineno < caller.f_lineno]
-    here = [t.id for node in above for t in node.targets if isinstance(t, ast.Name) and t.id.isupper()]
+    above = [node for top in cell if top.lineno < caller.f_lineno for node in ast.walk(top)]
+    stores = [n.id for n in above if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id.isupper()]
+    here = [name for name in stores if name != "SETTINGS" and name in namespace]
     for name in here:
         if (text := os.environ.get(f"LAB_{name}")) is not None:
             value = _parse(f"LAB_{name}", text, namespace[name])
             if value != namespace[name]:
-                print(f"from the environment: {name}={value!r}, the cell says {namespace[name]!r}")
+                say(f"from the environment: {name}={value!r}, the cell says {namespace[name]!r}")
             namespace[name] = value
     names, free_names = dict.fromkeys([*(before or ()), *here]), set(free.split()) | (before.free if before else set())
     unknown = sorted(v for v in os.environ if v.startswith("LAB_") and v[4:] not in MODULE_SETTINGS | names.keys())
@@ -137,7 +191,7 @@ def budget(smoke, cpu, full):
     return smoke if flag("FAST") else full if accelerator else cpu
 
 
-def _folder(name: str) -> Path:
+def folder(name: str) -> Path:
     """The folder that `LAB_<name>` names, by default the one beside this module, where relative paths start too."""
     return HERE / Path(os.environ.get(f"LAB_{name}") or name.lower()).expanduser()
 
@@ -147,9 +201,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _write(path: Path, content: bytes | str | dict | list) -> None:
-    """Write a file beside `path`, JSON of a dict or a list, then rename it: nobody ever finds half a file. Only rank 0
-    writes files.
-    """
+    """Write a file, JSON of a dict or a list, beside `path` and rename it; only rank 0 writes files."""
     content = json.dumps(content, indent=1, ensure_ascii=False) if isinstance(content, dict | list) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -161,22 +213,51 @@ def _write(path: Path, content: bytes | str | dict | list) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def table(rows: list[list]) -> str:
+    """A table in Markdown; the first row is its header."""
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]])
+
+
 # -------------------------------------------------------------------------------------------- environment and device
+
+
+class _Patient(io.BufferedIOBase):
+    """A stream that loses what cannot be written, to a full disk or into a pipe that nobody reads."""
+
+    def __init__(self, text):  # which would close the stream if nobody held it
+        self.text, self.stream, self.fileno, self.writable = text, text.buffer, text.fileno, text.writable
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            self.stream.write(data)
+        return len(data)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 def check_environment() -> None:
     """Print what this lab runs on and, where a GPU lies idle, the command that puts it to use; torch itself tells of a
     driver too old and of a card without kernels. Raises LabError, with the command, where torchvision does not fit it.
     """
+    if type(sys.stdout) is io.TextIOWrapper and not sys.stdout.isatty():  # a file's or a pipe's, no notebook's
+        sys.stdout = io.TextIOWrapper(_Patient(sys.stdout), sys.stdout.encoding, "replace", line_buffering=True)
+    with contextlib.suppress(OSError, ValueError):  # torch counts the cores, not what a container may use of them
+        quota, period = CPU_QUOTA.read_text().split()
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), round(int(quota) / int(period)))))
     device, cuda = pick_device(os.environ.get("LAB_DEVICE", "auto")), torch.version.cuda
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, CUDA build: {cuda or 'none'}")
-    print(f"device {device.type}: {device_name(device)}")
+    say(f"Python {platform.python_version()}, torch {torch.__version__}, CUDA build: {cuda or 'none'}")
+    say(f"device {device.type}: {device_name(device)}")
     install = "python -m pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/"
     if device.type == "cpu" and shutil.which("nvidia-smi") and os.environ.get("LAB_DEVICE") != "cpu":
         why = (
             f"for CUDA {cuda} the driver is too old, or CUDA_VISIBLE_DEVICES is empty" if cuda else "it is a CPU build"
         )
-        print(f"SLOWER THAN IT COULD BE: torch does not use the NVIDIA GPU: {why}. To fix it:\n  {install}cu126")
+        say(f"SLOWER THAN IT COULD BE: torch does not use the NVIDIA GPU: {why}. To fix it:\n  {install}cu126")
+    if own := sorted(name for name in sys.stdlib_module_names if (HERE / f"{name}.py").exists()):
+        raise LabError(f"{HERE / own[0]}.py takes the place of Python's own {own[0]}: rename it, restart the kernel.")
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # not installed; or a wheel that does not fit torch, with any kind of exception
@@ -257,9 +338,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def reuse_memory() -> None:
-    """Let glibc keep freed memory. Else a CPU gets new pages from the system for each large tensor: 143,000 page faults
-    in one training step of CIFAR.ipynb. See mallopt(3) for M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1).
-    """
+    """Let glibc keep freed memory: else 143,000 page faults in a training step of CIFAR.ipynb, see mallopt(3)."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, -1)
 
@@ -268,7 +347,6 @@ def reuse_memory() -> None:
 
 # Collective, called by every rank in the same order: join_world, sum_over_ranks, load, predict, evaluate; opening a
 # Run, its training, save and finish.
-
 
 World = collections.namedtuple("World", "rank size", defaults=(0, 1))  # process `rank` of `size`
 
@@ -281,10 +359,12 @@ def _world() -> World:
 def join_world(seconds: float = 600) -> World:
     """Join the processes that torchrun started with this one, and return this one's place; alone, rank 0 of 1.
 
-    Rank 0 prints for all: the others print nothing but their errors, to stderr. `seconds` is how long a process waits
-    for the others, here and later. Raises LabError where not all come in time.
+    Rank 0 prints for all, the others only errors, to stderr. `seconds` is how long a process waits for the others, here
+    and later. Raises LabError where not all come in time.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE") or 1)
+    if size > 1 and "RANK" not in os.environ:
+        raise LabError(f"WORLD_SIZE={size} in the environment without RANK: unset it, or start the page by torchrun.")
     if size == 1 or _world().size > 1:
         return _world()
     gpus = torch.cuda.is_available() and os.environ.get("LAB_DEVICE") != "cpu"
@@ -408,12 +488,13 @@ MIRRORS = {  # tried in this order, after LAB_MIRRORS
 }
 CONNECT_SECONDS, SLOW_SECONDS, SLOW_RATE = 5, 10, 50_000  # a mirror sends so many bytes/s, over so many seconds
 LARGEST = 400_000_000  # bytes; no archive has half of it
+HIDDEN = (".", "__MACOSX", "Thumbs.db")
+IMAGES = {".avif", ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 SIZES = {"MNIST": (60_000, 10_000), "CIFAR": (50_000, 10_000), "smoke": (2_000, 500)}  # training, test
 
 
 def load(dataset: str, train: bool, shape: tuple[int, int, int]) -> Split:
     """Return the training or the test part of `dataset`, whose images must have `shape` (C, H, W).
-
     A named dataset is looked for in LAB_DATA, in torchvision's layout or as an archive, then at LAB_MIRRORS and the
     mirrors; else, and under LAB_FAST=1, a stand-in is drawn and said so. Other names are paths of image folders,
     `train/<class>/*` and `test/<class>/*`. Rank 0 reads, and sends the others what it has. Raises LabError for damage.
@@ -429,21 +510,20 @@ def _load(dataset: str, train: bool, shape: tuple[int, int, int]) -> Split:
         raise LabError(f"LAB_DATASET={dataset} belongs to {kind}.ipynb: its images have another shape than {shape}.")
     try:
         if not flag("FAST"):
-            return _load_official(dataset, train)
+            return load_official(dataset, train)
     except DataUnavailable as error:
         if train:
-            print("!" * 100, error, f"GOING ON WITH A STAND-IN: images drawn by this kit, NOT {dataset}.", sep="\n")
+            say("!" * 100, error, f"GOING ON WITH A STAND-IN: images drawn by this kit, NOT {dataset}.")
     return _stand_in(dataset, train, shape, SIZES["smoke" if flag("FAST") else kind][not train])
 
 
-def _load_official(dataset: str, train: bool) -> Split:
+def load_official(dataset: str, train: bool) -> Split:
     """Read a named dataset with torchvision. No byte reaches its unpickler before the checksum matched.
-
     Raw Fashion-MNIST files were published with the checksums of their archives only: they are never called verified.
     """
     from torchvision import datasets
 
-    table, root, idx = getattr(datasets, dataset), _folder("DATA"), "MNIST" in dataset
+    table, root, idx = getattr(datasets, dataset), folder("DATA"), "MNIST" in dataset
     if idx:  # archives: {name: (its md5, {name of a file in it: md5 or None})}
         home, inside = root / dataset / "raw", MNIST_MD5 if dataset == "MNIST" else {}
         archives = {name: (md5, {name[:-3]: inside.get(name[:-3])}) for name, md5 in table.resources}
@@ -479,7 +559,6 @@ def _load_official(dataset: str, train: bool) -> Split:
 
 def _find_archive(dataset: str, target: Path, checksum: str, odd: list[Path]) -> Path:
     """Return the path `target` of an archive whose md5 is `checksum`, brought from the first mirror that serves.
-
     One process downloads, others wait. What came is kept in `.<name>.part`, and the next try, of any mirror, asks for
     the rest only. Raises DataUnavailable with each address, its reason and the manual step; another LabError where a
     file is there but damaged, the archive or one of `odd`: no stand-in takes its place.
@@ -537,35 +616,71 @@ def _fetch(url: str, part: Path, slowest: int) -> None:
                     raise (OSError if error.args[0] == pycurl.E_WRITE_ERROR else RuntimeError)(error.args[1]) from None
 
 
+def _list_folder(part: Path) -> dict[str, list[Path]]:
+    """{class: image files} of one part of an image folder. Hidden entries are skipped, no folder is read twice."""
+    found, left, seen = {}, [], {part.stat().st_ino}
+    for folder in sorted(path for path in part.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN)):
+        name = unicodedata.normalize("NFC", _printable(folder.name))  # both forms of é are one class
+        files = found.setdefault(name if len(name) <= 40 else f"{name[:39]}…", [])
+        for place, inner, names in os.walk(folder, followlinks=True):
+            again = os.stat(place).st_ino in seen  # a link that leads in a circle
+            seen.add(os.stat(place).st_ino)
+            inner[:] = [] if again else sorted(one for one in inner if not one.startswith(HIDDEN))
+            for path in (Path(place, one) for one in sorted(names) if not (again or one.startswith(HIDDEN))):
+                good = path.suffix.lower() in IMAGES and (path.is_file() or path.is_symlink())  # and no pipe
+                (files if good else left).append(path)
+    if left:
+        some = ", ".join(_printable(path.relative_to(part)) for path in left[:3])
+        say(f"{len(left)} files left out of {part.name}/: {some}{' …' * (len(left) > 3)}")
+    return dict(sorted(found.items()))
+
+
+def _printable(text: object) -> str:
+    """The text with a sign for each byte of a file's name that is no UTF-8."""
+    return os.fsencode(str(text)).decode("utf-8", "replace")
+
+
 def _load_folder(dataset: str, train: bool, shape: tuple[int, int, int]) -> Split:
     """Read an image folder; 60,000 small JPEGs take about ten seconds."""
-    from torchvision.datasets import ImageFolder
-
-    root = HERE / Path(dataset).expanduser()
-    part, other = (root / "train", root / "test") if train else (root / "test", root / "train")
     try:
-        listing, others = ImageFolder(part), ImageFolder(other)
-    except OSError as error:  # no such folder, a class without images, or none at all; the message names it
+        root = HERE / Path(dataset).expanduser()
+        listing, other = (_list_folder(root / ("train" if part else "test")) for part in (train, not train))
+    except (OSError, RuntimeError) as error:  # no such folder, or one that may not be read; the message names it
         raise LabError(f"LAB_DATASET={dataset!r} is none of {', '.join(MIRRORS)}, no image folder: {error}") from None
-    if odd := sorted(set(listing.classes) ^ set(others.classes)):
+    if odd := sorted(listing.keys() ^ other.keys()):
         raise LabError(f"LAB_DATASET={root}: train/ and test/ have different classes; only in one: {', '.join(odd)}.")
-    step = max(1, len(listing.samples) // SIZES["smoke"][not train]) if flag("FAST") else 1
-    images = torch.stack([read_image(path, shape) for path, _ in listing.samples[::step]])
-    labels = torch.tensor([label for _, label in listing.samples[::step]])
-    return Split(images, labels, tuple(listing.classes), Provenance(root.name, "image-folder", False))
+    if empty := sorted(name for name in listing if not (listing[name] and other[name])):
+        raise LabError(f"LAB_DATASET={root}: there is no image of {', '.join(empty)} in train/ or in test/.")
+    if len(listing) < 2:
+        raise LabError(f"LAB_DATASET={root}: {len(listing)} classes are nothing to tell apart, two or more are needed.")
+    samples = [(path, label) for label, files in enumerate(listing.values()) for path in files]
+    samples = samples[:: max(1, len(samples) // SIZES["smoke"][not train]) if flag("FAST") else 1]
+    images = torch.stack([read_image(path, shape) for path, _ in samples])
+    if train and (images.amin(dim=(0, 2, 3)) == images.amax(dim=(0, 2, 3))).any():
+        raise LabError(f"LAB_DATASET={root}: a colour is the same in all training images: use images that differ.")
+    labels = torch.tensor([label for _, label in samples])
+    return Split(images, labels, tuple(listing), Provenance(_printable(root.name), "image-folder", False))
 
 
 def read_image(path: str | Path, shape: tuple[int, int, int]) -> torch.Tensor:
     """Return the image file as uint8 [C, H, W] of `shape`: grey or RGB, centre-cropped and resized where it differs.
-    Raises LabError, with the file's name, where it cannot be decoded.
+    What is transparent becomes white. Raises LabError, with the file's name, where it cannot be decoded.
     """
     channels, *size = shape
     try:
-        with Image.open(path) as image:  # turned as it was held
-            image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)  # turned as it was held
+            if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits have no known range, save it with 8 or 16")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB" if channels == 3 else "L")
             image = image if [*image.size] == size[::-1] else ImageOps.fit(image, size[::-1])
     except Exception as error:  # decoders raise anything, and Pillow an error of its own for a decompression bomb
-        raise LabError(f"{path} cannot be read as an image: {error}. Repair or remove it.") from None
+        raise LabError(f"{_printable(path)} cannot be read as an image: {error}. Repair or remove it.") from None
     return torch.from_numpy(np.array(image)).view(*size, channels).permute(2, 0, 1).contiguous()
 
 
@@ -610,11 +725,10 @@ class Loader:
     Args:
         split, batch_size: images of all processes in a batch; the last one of a pass may be smaller.
         mean, std: of the training images, per channel, in units of the pixel range [0, 1].
-        shuffle: a new order each epoch; otherwise the split's own order.
+        shuffle, layout: a new order each epoch instead of the split's own; the memory format of the batches.
         augment: called as `augment(images, chances, epoch)` with uint8 images [B, C, H, W] and random numbers from
             [0, 1), float32 [B, 5], for each image; returns images of the same range. Four of the numbers are drawn for
             each epoch; the last belongs to the image and stays.
-        layout: the memory format of the batches.
     """
 
     def __init__(self, split, batch_size, device, mean, std, *, shuffle=False, augment=None, seed=0, layout=None):
@@ -712,9 +826,9 @@ class Monitor:
         return self
 
     def __exit__(self, *_):
+        self.seconds += time.perf_counter() - self.begin  # before what waits for a tool that hangs
         self.stop.set()
         self.thread.join(timeout=5)
-        self.seconds += time.perf_counter() - self.begin
 
     def _clocks(self) -> np.ndarray:
         return np.array([time.process_time(), time.perf_counter() * (os.cpu_count() or 1)])
@@ -724,8 +838,9 @@ class Monitor:
         return min(100.0, 100 * used / passed)
 
     def _watch(self):
-        while self.readers and not self.stop.wait(self.interval):
-            sample = {"seconds": round(self.seconds + time.perf_counter() - self.begin, 3), "time": time.time()}
+        stop, before, begin = self.stop, self.seconds, self.begin  # the next epoch has others
+        while self.readers and not stop.wait(self.interval):
+            sample = {"seconds": round(before + time.perf_counter() - begin, 3), "time": time.time()}
             for tag, read in list(self.readers.items()):
                 try:
                     sample[tag] = round(float(read()), 2)
@@ -734,13 +849,14 @@ class Monitor:
                     del self.readers[tag]
             self.samples.append(sample)
             try:
-                if not self.nvidia_smi:
+                if not self.nvidia_smi:  # asked once, even if it never answers
+                    self.nvidia_smi = "nvidia-smi: n/a (no answer)"
                     self.nvidia_smi = subprocess.check_output("nvidia-smi", text=True, timeout=30)
             except Exception as error:
                 self.nvidia_smi = f"nvidia-smi: n/a ({_reason(error)}; without an NVIDIA driver there is none)"
 
 
-def _utilization(history: list[dict], reason: str | None = None) -> tuple[str, dict | None]:
+def utilization(history: list[dict], reason: str | None = None) -> tuple[str, dict | None]:
     """What a history says of the utilisation: a line, and numbers; None where the series is not whole, for `reason`."""
     seen = [(tag, value) for entry in history for sample in entry["samples"] for tag, value in sample.items()]
     values = [value for tag, value in seen if tag.endswith("/utilization_percent")]
@@ -749,7 +865,8 @@ def _utilization(history: list[dict], reason: str | None = None) -> tuple[str, d
     kinds = dict(mean=np.mean, median=np.median, max=max)
     numbers = {key: round(float(of(values)), 2) for key, of in kinds.items()} | {"samples": len(values)}
     gpu = any(tag.startswith("gpu") for tag, _ in seen)
-    text = "mean {mean:.0f} %, median {median:.0f} %, max {max:.0f} %, {samples} samples".format(**numbers)
+    mean, median, most, count = numbers.values()
+    text = f"mean {mean:.0f} %, median {median:.0f} %, max {most:.0f} %, {count} samples"
     return f"{'GPU utilisation' if gpu else 'CPU utilisation of this process, of all cores'}: {text}", numbers
 
 
@@ -771,8 +888,7 @@ class Run:
         built: {section of the page: {setting: value that it was used with}}, compared with the settings of now.
         parts: model=, optimizer= and whatever else has a state_dict, or lists of such.
 
-    Raises LabError where there is nothing to resume, where another process trains it, and where data, model, precision,
-    settings or sections are not those of the run.
+    Raises LabError where nothing can be resumed, and where data, model, precision, settings or sections differ.
     """
 
     current: Run | None = None  # the run that this process trains
@@ -785,17 +901,27 @@ class Run:
         for section, used in json.loads(json.dumps(built or {})).items():  # tuples are lists in `now`
             if odd := [f"{k} was {v!r} there and is {now[k]!r} now" for k, v in used.items() if now[k] != v]:
                 raise LabError(f"{', '.join(odd)}. Run the page again from section {section}.")
+        name, code = (getattr(loader.augment, key, "") for key in ("__name__", "__code__"))
+        if getattr(settings.namespace.get(name), "__code__", code) != code:
+            raise LabError(f"{name} is another one since the loader was made. Run the page again from section 2 Data.")
         content = b"".join(tensor.cpu().numpy().tobytes() for tensor in (loader.images, loader.labels))
         self.config = dict(lab=lab, started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), settings=now)
         self.config |= dict(seed=now.get("SEED"), note=now.get("NOTE", ""))
-        self.config |= vars(self.provenance) | dict(
-            fingerprint=hashlib.sha1(content, usedforsecurity=False).hexdigest(), classes=list(loader.classes)
-        )
+        digest = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+        self.config |= vars(self.provenance) | dict(fingerprint=digest, classes=list(loader.classes))
         self.config |= dict(model=str(self.model), precision=precision, device=device_name(loader.device))
+        self.config |= dict(images=loader.count, batch_size=loader.batch_size, smoke=flag("FAST"))
+        std, augmentation = 1 / (255 * loader.scale), getattr(loader.augment, "__name__", None)
+        self.config |= dict(mean=(-loader.shift * std).flatten().tolist(), std=std.flatten().tolist())
+        groups = [(type(one).__name__, group) for one in self.parts["optimizer"] for group in one.param_groups]
+        groups = [[name, {k: v for k, v in group.items() if isinstance(v, int | float)}] for name, group in groups]
+        names = sorted({type(one).__name__ for one in self.parts.get("scheduler", [])})
+        self.config |= dict(augmentation=augmentation, optimizer=groups, scheduler=names)
         versions = {name: importlib.metadata.version(name) for name in "torch torchvision tensorboard numpy".split()}
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
-            git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-            versions["git"] = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
+            how = dict(stderr=subprocess.DEVNULL, text=True, timeout=10, cwd=HERE)
+            how["env"] = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
+            versions["git"] = subprocess.check_output("git describe --always --dirty".split(), **how).strip()
         self.config |= dict(versions=versions | {"python": platform.python_version()})
         if Run.current:
             Run.current.close()
@@ -804,19 +930,22 @@ class Run:
         self.state = (self.path / "checkpoint.pt").read_bytes() if resumed else self._pack()
         self._unpack()
         if not _world().rank:
-            from torch.utils.tensorboard import SummaryWriter
-
             others = threading.excepthook  # it would print the stack of TensorBoard's thread, which a full disk stops
             if others.__module__ != __name__:  # an earlier run has replaced it already
                 threading.excepthook = lambda what: None if isinstance(what.exc_value, OSError) else others(what)
-            with self._tolerating("events"):
-                self.writer = SummaryWriter(self.path, purge_step=self.step + 1)
-        self.event("text", "settings", _table([["", ""], *now.items()]))
+            try:
+                with self._tolerating("events"):
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    self.writer = SummaryWriter(self.path, purge_step=self.step + 1)
+            except Exception as error:  # an installation that does not fit: protobuf, numpy, setuptools
+                say(f"The training goes on without TensorBoard, which cannot be used: {_reason(error)}")
+        self.event("text", "settings", table([["", ""], *now.items()]))
 
     def __str__(self):
         seconds, monitor = self.monitor.seconds, self.monitor
         rate = f"{len(self.history) * self.loader.count / seconds:,.0f} images/s" if seconds else "nothing trained"
-        busy, _ = _utilization(self.history, monitor.reasons.get(f"{monitor.kind}/utilization_percent"))
+        busy, _ = utilization(self.history, monitor.reasons.get(f"{monitor.kind}/utilization_percent"))
         return f"{len(self.history)} epochs in {seconds:.1f} s, {rate}\n{busy}"
 
     @property
@@ -826,11 +955,12 @@ class Run:
 
     def _open(self, resume: str) -> tuple[Path, bool]:
         """Find the run to go on with, or make a new directory; lock it. Return its path, and whether it was there."""
-        home = _folder("RUNS") / self.config["lab"]
+        home = folder("RUNS") / self.config["lab"]
         runs = [] if not resume else home.glob("*") if resume == "latest" else [HERE / Path(resume).expanduser()]
         runs = [run for run in runs if (run / "checkpoint.pt").is_file() and (run / "config.json").is_file()]
         runs = [run for run in runs if resume != "latest" or not (run / "metrics.json").exists()]
-        tag = re.sub(r"\W", "-", self.provenance.dataset) + "-stand-in" * (self.provenance.source == "stand-in")
+        name = self.provenance.dataset + "-stand-in" * (self.provenance.source == "stand-in")
+        tag = re.sub(r"\W+", "-", f"{name} {self.config['note']}".strip())[:60].rstrip("-")
         path = home / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{tag}"
         if runs:
             path = max(runs, key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
@@ -851,7 +981,8 @@ class Run:
             raise LabError(f"{path} cannot be made: {error}. Set LAB_RUNS to a folder you can write.") from None
         if not runs:
             _write(path / "config.json", self.config)
-        print(f"{'resuming' if runs else 'new run'} {path.name}")
+            _write(path / "history.json", [])  # for the report of one that is stopped in its first epoch
+        say(f"resuming {path.name}" if runs else f"new run {path.name}")
         return path, bool(runs)
 
     def _changes(self, before: dict, after: dict) -> list[str]:
@@ -859,7 +990,7 @@ class Run:
         values = []
         for config in (before, after):
             fixed = {name: value for name, value in config["settings"].items() if name not in self.settings.free}
-            fixed |= {key: config.get(key) for key in ("dataset", "source", "fingerprint", "precision")}
+            fixed |= {key: config.get(key) for key in ("dataset", "source", "fingerprint", "classes", "precision")}
             values += [fixed | {f"model, line {n}": line for n, line in enumerate(config["model"].splitlines())}]
         was, now = values
         return [f"  {name} was {was.get(name)}, is {value}" for name, value in now.items() if was.get(name) != value]
@@ -891,6 +1022,8 @@ class Run:
         why = "" if Run.current is self else "Another run was opened, or the report written,"
         if odd := self._changes(self.config, self.config | {"settings": self.settings.now()}):
             why = f"{', '.join(line.split()[0] for line in odd)} changed"
+        elif total != (epochs := self.config["settings"].get("EPOCHS", total)):
+            why = f"{epochs} epochs became {total}"  # the schedule ends elsewhere
         if self.planned and len(self.history) >= total:  # one that was resumed may be complete already
             why = f"All {total} epochs were trained"
         if why:
@@ -899,6 +1032,8 @@ class Run:
         bar = tqdm(total=total * len(self.loader), initial=self.step, **options)
         hook = self.parts["optimizer"][0].register_step_post_hook(lambda *_: bar.update())
         self.planned, self.saved = total, True
+        if len(self.history) < total and not _world().rank:  # what section 8 wrote is of fewer epochs
+            (self.path / "metrics.json").unlink(missing_ok=True)
         try:
             for epoch in range(len(self.history) + 1, total + 1):
                 self.saved = False
@@ -911,9 +1046,7 @@ class Run:
                 if self.writer:  # the next event begins a file, which tells TensorBoard to forget the later steps
                     self.event("close")
                     self.writer.purge_step = self.step + 1
-                print(
-                    f"Stopped: the network is as after epoch {len(self.history)} of {total}; this cell goes on there."
-                )
+                say(f"Stopped: the network is as after epoch {len(self.history)} of {total}; this cell goes on there.")
 
     @contextlib.contextmanager
     def training(self):
@@ -949,13 +1082,14 @@ class Run:
         for point in points:
             self.event("scalar", *point)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        print(f"epoch {epoch:>2}  {text}  {seconds - start:.1f} s")
+        say(f"epoch {epoch:>2}  {text}  {seconds - start:.1f} s")
 
     def save(self) -> None:
         """Write checkpoint.pt and history.json; from here on the epoch counts."""
         self.state, self.saved = self._pack(), True
         self.event("flush")
         with self._tolerating("checkpoint"):
+            _write(self.path / "config.json", self.config)  # somebody may have removed the folder
             _write(self.path / "history.json", self.history)
             _write(self.path / "nvidia-smi.txt", self.monitor.nvidia_smi or "nvidia-smi: n/a (too short to ask)")
             _write(self.path / "checkpoint.pt", self.state)
@@ -970,7 +1104,7 @@ class Run:
         except OSError as error:
             self.missing[what] = f"{what} of epoch {len(self.history)}: {_reason(error)}"
             self.writer = None if what == "events" else self.writer
-            print(f"The training goes on without {self.missing[what]}")
+            say(f"The training goes on without {self.missing[what]}")
 
     def event(self, kind: str, *arguments, **options) -> None:
         """Call `add_<kind>` of TensorBoard's SummaryWriter, "flush" or "close", where events can be written."""
@@ -978,13 +1112,13 @@ class Run:
             with self._tolerating("events"):
                 getattr(self.writer, kind if kind in ("flush", "close") else f"add_{kind}")(*arguments, **options)
 
-    def add(self, tag: str, result, alt: str = "") -> None:
-        """Keep a result for report and TensorBoard: a figure, shown with `alt`, or a table's rows, header first."""
+    def add(self, tag: str, result, alt: str = "", shown: bool = True) -> None:
+        """Keep a result for report and TensorBoard: a figure, `shown` with `alt`, or a table's rows, header first."""
         if isinstance(result, list):
-            name, content = f"{tag}.md", _table(result)
+            name, content = f"{tag}.md", table(result)
             self.event("text", tag, content)
         else:
-            name, content = f"{tag}.png", show(result, self.provenance, alt) or _png(result)
+            name, content = f"{tag}.png", (shown and show(result, self.provenance, alt)) or png(result)
             self.event("figure", tag, result, self.step)
         with self._tolerating(name):
             _write(self.path / "results" / name, content)
@@ -993,16 +1127,17 @@ class Run:
         """Write metrics.json, of what was trained, and return it; `more` are further results."""
         seconds, gpu = self.monitor.seconds, self.monitor.kind == "gpu"
         reason = self.monitor.reasons.get("gpu/utilization_percent") if gpu else "no NVIDIA GPU in use"
-        _, busy = _utilization(self.history, reason)
-        kept = "lab dataset source verified device precision seed started".split()
+        _, busy = utilization(self.history, reason)
+        kept = "lab dataset source verified device precision seed started".split() + ["smoke"] * self.config["smoke"]
         metrics = {key: self.config[key] for key in kept} | dict(world_size=_world().size)
         metrics |= dict(parameters=sum(p.numel() for p in self.model.parameters()), epochs=len(self.history))
         metrics |= dict(test_accuracy=test_accuracy, test_loss=test_loss, train_seconds=seconds)
         metrics |= dict(images_per_second=len(self.history) * self.loader.count / seconds if seconds else None)
         metrics |= dict(gpu_utilization=busy, gpu_utilization_reason=None if busy else reason or "too short")
         metrics |= dict(finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more)
-        if len(self.history) < self.planned:
-            metrics["unfinished"] = f"stopped after {len(self.history)} of {self.planned} epochs"
+        if len(self.history) < (planned := self.planned or self.config["settings"].get("EPOCHS", 0)):
+            metrics["unfinished"] = f"stopped after {len(self.history)} of {planned} epochs"
+            self.event("text", "unfinished", metrics["unfinished"], self.step)
         for part in ("accuracy", "loss"):
             self.event("scalar", f"{part}/test", metrics[f"test_{part}"], self.step)
         metrics |= dict(missing=list(self.missing.values())) if self.missing else {}
@@ -1010,9 +1145,21 @@ class Run:
             _from_first_rank(_write, self.path / "metrics.json", metrics)
         except OSError as error:
             raise LabError(f"metrics.json: {_reason(error)}. Make room and run this cell again.") from None
-        trained = metrics.get("unfinished", f"trained for {seconds:.1f} s")
-        print(f"{self.provenance}: test accuracy {test_accuracy:.2%}, loss {test_loss:.4f}; {trained}")
+        self._add_hparams()
+        trained = metrics.get("unfinished", f"trained for {seconds:.1f} s") + "; smoke run" * self.config["smoke"]
+        say(f"{self.provenance}: test accuracy {test_accuracy:.2%}, loss {test_loss:.4f}; {trained}")
         return metrics
+
+    def _add_hparams(self) -> None:
+        """Give TensorBoard's HParams the note and the settings that a resumed run may not change, the first ten."""
+        fixed = [pair for pair in self.config["settings"].items() if pair[0] not in self.settings.free][:10]
+        now = {k: str(v) if isinstance(v, list) else v for k, v in [*fixed, ("NOTE", self.config["note"])]}
+        if self.writer:
+            from torch.utils.tensorboard.summary import hparams
+
+            with self._tolerating("events"):
+                for summary in hparams(now, {"accuracy/validation": 0, "accuracy/test": 0}):  # only their names count
+                    self.writer.file_writer.add_summary(summary)
 
     def close(self) -> None:
         """Close the events file, and let other processes go on with the run."""
@@ -1023,9 +1170,8 @@ class Run:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Return the content of a checkpoint, on the CPU: epoch, parts {name: [state_dict]}, rng, history. Raises LabError
-    when the file is damaged, holds code, or is one of an earlier version of this kit.
-    """
+    """Return a checkpoint's content, on the CPU: epoch, parts {name: [state_dict]}, rng, history. Raises LabError for a
+    file that is damaged, holds code, or is of an earlier version of this kit."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums of what it reads
             if damaged := archive.testzip():
@@ -1048,25 +1194,28 @@ CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Micros
 def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 3), **options):
     """Return (figure, axes) in the kit's style; `size` in inches. Text is drawn as it is written, `$` included."""
     families = ["DejaVu Sans", *(name for name in font_manager.get_font_names() if name in CHINESE)][:2]
-    matplotlib.rcParams |= {"font.size": 11, "font.family": families, "text.parse_math": False, "text.usetex": False}
+    matplotlib.rcdefaults()  # a matplotlibrc may ask for LaTeX, or turn images upside down
+    matplotlib.rcParams |= {"font.size": 11, "font.family": families, "text.parse_math": False}
     warnings.filterwarnings("ignore", "Glyph")  # a character without a font here is drawn as a box that says so
     matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
     drawn = matplotlib.figure.Figure(figsize=size, dpi=100, layout="constrained")
     return drawn, drawn.subplots(rows, columns, **options)
 
 
-def _png(drawn) -> bytes:
+def png(drawn) -> bytes:
+    """The figure as PNG, its words translated where a font has the characters."""
+    families = matplotlib.rcParams["font.family"]
+    for text in drawn.findobj(matplotlib.text.Text) if _templates() and {*families} & {*CHINESE} else []:
+        text.set_text(translate(text.get_text()))
     drawn.savefig(buffer := io.BytesIO(), format="png", facecolor="white", pil_kwargs={"optimize": True})
     return buffer.getvalue()
 
 
 def show(drawn, provenance: Provenance, alt: str = "") -> bytes | None:
-    """Show the figure in the notebook, elsewhere return it as PNG; that of a stand-in says so. `alt` is a sentence on
-    what it shows, for those who cannot see it.
-    """
+    """Show the figure in the notebook, elsewhere return it as PNG; that of a stand-in says so. `alt` describes it."""
     if provenance.source == "stand-in":
         drawn.suptitle(f"STAND-IN DATA, NOT {provenance.dataset}", color=COLORS[1], weight="bold", fontsize=12)
-    content = _png(drawn)
+    content = png(drawn)
     if not _in_notebook():
         return content
     display.display(display.Image(data=content, format="png", alt=alt or None), metadata={})
@@ -1074,6 +1223,7 @@ def show(drawn, provenance: Provenance, alt: str = "") -> bytes | None:
 
 def image_grid(images: torch.Tensor, titles: list[str], columns: int = 10, width: float = 0.95):
     """Return a figure of uint8 images [N, C, H, W], each under its title; a column is `width` inches wide."""
+    titles = [re.sub("(?m)^(.{10}).{4,}(.{9})$", r"\1…\2", title) for title in titles]  # of long names the ends
     rows = max(1, math.ceil(len(images) / columns))  # no image is an empty figure
     above = 0.08 + 0.17 / width * (1 + max((title.count("\n") for title in titles), default=0))  # for the titles
     drawn, axis = figure(size=(columns * width, rows * width * (0.94 + above) + 0.3))
@@ -1084,34 +1234,6 @@ def image_grid(images: torch.Tensor, titles: list[str], columns: int = 10, width
         axis.text(left + 0.5, top - 0.05, title, ha="center", va="bottom", fontsize=9)
     axis.set(xlim=(0, columns), ylim=(rows * (0.94 + above), 0), aspect="equal")
     axis.axis("off")
-    return drawn
-
-
-def curves(*histories: list[dict], names: tuple[str, ...] = ()):
-    """Return a figure over the seconds of training: of one history accuracy and loss of both parts, and utilisation; of
-    several, with `names`, accuracy and loss on the validation images.
-    """
-    drawn, axes = figure(2 + (not names), 1, size=(9, 5.5 if names else 7), sharex=True)
-    lines = [(history, "validation", name) for history, name in zip(histories, names, strict=False)]
-    lines = lines or [(histories[0], part, part) for part in ("train", "validation")]
-    for axis, quantity, unit, scale in zip(axes, ("accuracy", "loss"), ("%", "nats"), (100, 1), strict=False):
-        for number, (history, part, label) in enumerate(lines):
-            values = [scale * entry.get(f"{quantity}/{part}", math.nan) for entry in history]
-            style = dict(color=COLORS[number % 6], marker="os"[number % 2], markersize=4, label=label)
-            axis.plot([entry["seconds"] for entry in history], values, **style)
-        axis.set_ylabel(f"{quantity} ({unit})")
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
-    axes[-1].set_xlabel("time spent training (s)")
-    if not names:
-        samples = [sample for entry in histories[0] for sample in entry["samples"]]
-        kind = "gpu" if any("gpu/utilization_percent" in sample for sample in samples) else "cpu"
-        busy = [sample.get(f"{kind}/utilization_percent", math.nan) for sample in samples]
-        axes[2].plot([sample["seconds"] for sample in samples], busy, color=COLORS[2], linewidth=1)
-        axes[2].set(ylim=(0, 105), ylabel=f"{'GPU' if kind == 'gpu' else 'process CPU'}\nutilisation (%)")
-        some = histories[0][:: math.ceil(len(histories[0]) / 12) or 1]
-        top = axes[0].secondary_xaxis("top", xlabel="epoch")
-        top.set_xticks([entry["seconds"] for entry in some], [entry["epoch"] for entry in some])
     return drawn
 
 
@@ -1131,7 +1253,7 @@ def confusion(matrix: torch.Tensor, classes: tuple[str, ...]):
     return drawn
 
 
-# -------------------------------------------------------------------------------------------- TensorBoard and report
+# ------------------------------------------------------------------------------------------------------- TensorBoard
 
 
 def _in_notebook() -> bool:
@@ -1161,140 +1283,17 @@ def show_tensorboard(height: int = 800) -> None:
     """Start TensorBoard on the runs and show it here, in an interactive notebook; else print how to start it.
     The address goes through JupyterHub's proxy, or the one that TENSORBOARD_PROXY_URL names (%PORT% is the port).
     """
-    logdir = _folder("RUNS")
+    logdir = folder("RUNS")
     if not (_in_notebook() and _watched()):
-        print(f"not interactive: TensorBoard is not started. For the curves: tensorboard --logdir {logdir.name}")
+        say(f"not interactive: TensorBoard is not started. For the curves: tensorboard --logdir {logdir.name}")
         return
     try:
         port = _start_tensorboard(str(logdir))
     except (Exception, SystemExit) as error:
-        print(f"TensorBoard does not start, the page goes on without it: {_reason(error)}")
+        say(f"TensorBoard does not start, the page goes on without it: {_reason(error)}")
         return
     hub = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
     proxy = f"{hub.rstrip('/')}/proxy/%PORT%" if hub else "http://localhost:%PORT%"
     url = (os.environ.get("TENSORBOARD_PROXY_URL") or proxy).replace("%PORT%", str(port)).rstrip("/") + "/"
-    print(f"TensorBoard: {url}\nfrom another machine: ssh -L {port}:localhost:{port} {platform.node()}, then the same")
+    say(f"TensorBoard: {url}\nfrom another machine: ssh -L {port}:localhost:{port} {platform.node()}, then the same")
     display.display(display.IFrame(f"{url}?smoothing=0#timeseries", "100%", height))
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif;
-  color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; }} img {{ max-width: 100%; }} h2 {{ border-top: 1px solid; padding-top: 1rem; }}
-td, th {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }}
-blockquote {{ background: #D55E00; color: #fff; padding: .1rem 1rem; }} pre {{ white-space: pre-wrap; }}
-@media print {{ img, table {{ break-inside: avoid; }} h2, h3 {{ break-after: avoid; }} }}
-</style><body>{body}</body></html>"""
-
-
-def _write_page(path: Path, title: str, parts: list[str]) -> Path:
-    """Write a page of Markdown parts. HTML inside them is escaped."""
-    body = mistune.create_markdown(escape=True, plugins=["table"])("\n\n".join([f"# {title}", *parts]))
-    _write(path, PAGE.format(title=mistune.escape(title), body=body))
-    return path
-
-
-def _table(rows: list[list]) -> str:
-    """A table in Markdown; the first row is its header."""
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]])
-
-
-def _picture(content: bytes, alt: str) -> str:
-    return f"![{alt}](data:image/png;base64,{base64.b64encode(content).decode()})"
-
-
-def _facts(path: Path) -> tuple[dict, list]:
-    """What pages say of a run, {name: text} of its metrics, versions and settings, and its history."""
-    files = [json.loads((path / f"{name}.json").read_text("utf-8")) for name in ("metrics", "config", "history")]
-    metrics, config, history = files
-    facts = {"run": path.resolve().name, "note": config["note"]} | metrics | {"versions": config["versions"]}
-    for key, value in (facts | config["settings"]).items():
-        text = f"{value:.2%}" if key.endswith("accuracy") else f"{value:,.4g}" if isinstance(value, float) else value
-        facts[key] = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-    return {key if key.isupper() else key.replace("_", " "): text for key, text in facts.items()}, history
-
-
-def write_report(run: str | Path, words: Path | None = None) -> Path:
-    """Write `report.html` into the run's directory, from the files there alone; return its path.
-    `words` is a Markdown file of the reader's own; by default the cell "In my own words" of the notebook saved last.
-    """
-    run = Path(run)
-    facts, history = _facts(run)
-    dataset, lab, text = facts["dataset"], facts["lab"], words.read_text(encoding="utf-8") if words else ""
-    for page in [] if words else sorted(HERE.glob("*.ipynb"), key=lambda page: page.stat().st_mtime):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # the one saved last, whatever it is called
-            sources = ["".join(cell["source"]) for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]]
-            if any(f'Run("{lab}"' in source for source in sources):  # the report has the heading itself
-                text = next((s.partition("\n")[2] for s in sources if s.startswith("### In my own words")), text)
-    banner = f"> STAND-IN DATA, NOT {dataset}: images that the kit drew itself 替代图像\n\n"
-    parts = [banner * (facts["source"] == "stand-in") + "## In my own words 我的结论", text or "(nothing written yet)"]
-    parts += ["## Result 结果", _table([["", ""], *facts.items()]), "## Curves 训练曲线"]
-    parts += [_picture(_png(curves(history)), "accuracy, loss and utilisation over time")]
-    busy = "Utilisation is the share of time in which the device was busy at all; how well it was used is in images/s."
-    parts += [f"GPU: {facts['gpu utilization reason']}. {_utilization(history)[0]}. {busy}"]
-    results = sorted((run / "results").rglob("*.*"), key=lambda file: file.stat().st_mtime)
-    for file in filter(Path.is_file, [run / "nvidia-smi.txt", *results]):
-        name, content = file.relative_to(run).with_suffix("").as_posix().removeprefix("results/"), file.read_bytes()
-        content = _picture(content, name) if file.suffix == ".png" else content.decode()
-        parts += [f"### {name.replace('_', ' ')}", f"```\n{content}\n```" if file.suffix == ".txt" else content]
-    return _write_page(run / "report.html", f"{lab.upper()} · {dataset} · {run.resolve().name}", parts)
-
-
-def write_comparison(runs: list[Path], output: Path) -> Path:
-    """Write a page that compares runs: their metrics, the settings that differ, and their validation curves."""
-    facts, histories = zip(*map(_facts, runs), strict=True)
-    rows = [[name, *(fact.get(name, "") for fact in facts)] for name in dict.fromkeys(itertools.chain(*facts))]
-    rows = [row for row in rows if not row[0].isupper() or len(set(row[1:])) > 1]
-    picture = _picture(_png(curves(*histories, names=tuple(rows[0][1:]))), "validation curves of the runs")
-    note = "One run each is no mean: a difference counts only beside the spread over seeds."
-    return _write_page(output, f"{len(runs)} runs compared 实验对比", [_table(rows), note, picture])
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def _bring(names: list[str], verify: bool) -> int:
-    """Bring datasets into LAB_DATA or, to `verify`, only check what is there; return 1 if any failed, else 0."""
-    if unknown := set(names) - set(MIRRORS):
-        raise LabError(f"No dataset called {', '.join(sorted(unknown))}. There are: {', '.join(MIRRORS)}.")
-    os.environ |= {"LAB_OFFLINE": "1"} if verify else {}
-    failed = 0
-    for name in names or MIRRORS:
-        try:
-            print(f"{name}: {_load_official(name, True)}; test: {_load_official(name, False)}")
-        except LabError as error:
-            missing = verify and isinstance(error, DataUnavailable)
-            failed |= not missing or name in names
-            print(f"{name}: not there, or not all of it" if missing else f"{name}: FAILED\n{error}", file=sys.stderr)
-    return int(failed)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m helpers report RUN`, `compare RUN RUN ...`, `prefetch [NAME ...]`, `verify [NAME ...]`."""
-    parser = argparse.ArgumentParser(prog="python -m helpers", description="Fetch data, and work on finished runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="write report.html into a run's directory again")
-    report.add_argument("run", type=Path, help="the run's directory")
-    report.add_argument("--words", type=Path, help="a Markdown file with your own words")
-    compare = commands.add_parser("compare", help="write a page that compares runs")
-    compare.add_argument("runs", type=Path, nargs="+", help="directories of finished runs")
-    compare.add_argument("--output", type=Path, default=Path("compare.html"), help="the page, compare.html by default")
-    for name, text in (("prefetch", "bring datasets into LAB_DATA"), ("verify", "check what is in LAB_DATA")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("names", nargs="*", metavar="NAME", help=f"all by default: {', '.join(MIRRORS)}")
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.command in ("prefetch", "verify"):
-            return _bring(chosen.names, chosen.command == "verify")
-        page = write_report(chosen.run, chosen.words) if chosen.command == "report" else None
-        print(page or write_comparison(chosen.runs, chosen.output))
-        return 0
-    except (LabError, OSError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,7 @@ import itertools
 import linecache
 import math
 import re
+import symtable
 from pathlib import Path
 
 import nbformat
@@ -63,3 +64,27 @@ def experiment_cells(name: str) -> dict[str, str]:
     """The sources of the cells that call the page's `experiment`, by the experiments' names."""
     call = re.compile(r"^experiment\(\"(.+?)\"", re.MULTILINE)
     return {found: cell.source for cell in code_cells(name) for found in call.findall(cell.source)}
+
+
+def top_level(source: str) -> tuple[set[str], set[str]]:
+    """Of a cell: the names that it assigns at top level, and those that it reads before it has assigned them."""
+    table, assigned, read = symtable.symtable(source, "cell", "exec"), set(), set()
+    inner = {}  # {function or class: the globals that its body reads}
+    for child in table.get_children():
+        stack, names = [child], set()
+        while stack:
+            scope = stack.pop()
+            stack += scope.get_children()
+            names |= {s.get_name() for s in scope.get_symbols() if s.is_global() and s.is_referenced()}
+        inner.setdefault(child.get_name(), set()).update(names)
+    for statement in ast.parse(source).body:
+        inside = [n for n in ast.walk(statement) if isinstance(n, ast.comprehension)]  # their names end with them
+        hidden = {n.id for part in inside for n in ast.walk(part.target) if isinstance(n, ast.Name)}
+        loads = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        stores = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        loads, stores = loads - hidden, stores - hidden
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            loads, stores = inner.get(statement.name, set()), {statement.name}
+        read |= loads - stores - assigned
+        assigned |= stores
+    return assigned, read

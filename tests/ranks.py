@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import helpers
 import notebooks
 import toy
+from tests import documents
 
 
 def fingerprint(model) -> str:
@@ -114,8 +115,20 @@ def train(**settings) -> tuple:
     training.train(lambda moment: time.sleep(0.3) if moment == "step 1 of epoch 1" else None)
     training.finish()
     training.run.close()
-    helpers.write_report(training.run.path)
+    documents.write_report(training.run.path)
     return training.run.path, training.run.history, fingerprint(training.model)
+
+
+def open_at(moment) -> str:
+    """Open a run at the Unix time `moment`, without training; return its name."""
+    torch.set_num_threads(1)
+    settings = dict(NOTE="the same")
+    data = toy.loader(toy.digits(count=80), shuffle=True)
+    parts = dict(model=(model := toy.Net()), optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    time.sleep(max(0, moment - time.time()))
+    run = helpers.Run("toy", helpers.Settings(settings, ["NOTE"], {"NOTE"}), data, **parts)
+    run.close()
+    return run.path.name
 
 
 def join(seconds) -> str:

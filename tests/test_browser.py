@@ -17,6 +17,7 @@ from tensorboard import program
 
 import helpers
 import notebooks
+from tests import documents
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -165,7 +166,7 @@ def test_report_of_the_reference_run_is_whole_and_asks_nobody(lab_name, browser,
     run, words = tmp_path / lab_name / "reference", tmp_path / "words.md"
     shutil.copytree(REFERENCE / lab_name, run)
     words.write_text("我的结论", encoding="utf-8")
-    path = helpers.write_report(run, words)
+    path = documents.write_report(run, words=words)
     browser.get_log("browser")
     browser.get(path.as_uri())
     assert complaints(browser) == []

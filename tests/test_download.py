@@ -25,6 +25,7 @@ import pytest
 import helpers
 from rights import in_child, needs_fork
 from server import serving
+from tests import documents
 
 LONG = bool(os.environ.get("FAULTS_LONG"))
 SLOWEST = 30 if LONG else 5  # seconds for one source
@@ -38,7 +39,7 @@ def mirrors(monkeypatch, *addresses):
 def bring() -> str:
     """Run `python -m helpers prefetch CIFAR10`; return what it says when it fails, "" when the data is there."""
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()) as printed:
-        failed = helpers.main(["prefetch", "CIFAR10"])
+        failed = documents.main(["prefetch", "CIFAR10"])
     assert failed == ("CIFAR10: 80 images (3, 32, 32), 10 classes: CIFAR10 (official" not in printed.getvalue())
     return said.getvalue() if failed else ""
 
@@ -349,14 +350,14 @@ def test_verify_and_prefetch_name_what_is_wrong(data, capsys):
     raw.mkdir(parents=True)
     for name in helpers.MNIST_MD5:
         (raw / name).write_bytes(b"damaged")
-    assert helpers.main(["verify", "MNIST", "CIFAR10"]) == 1
+    assert documents.main(["verify", "MNIST", "CIFAR10"]) == 1
     said = capsys.readouterr().err
     assert "MNIST: FAILED" in said
     assert str(raw / "train-images-idx3-ubyte") in said
     assert "CIFAR10: not there" in said
-    assert helpers.main(["prefetch", "CIFAR100"]) == 1
+    assert documents.main(["prefetch", "CIFAR100"]) == 1
     assert "cifar-100-python.tar.gz" in capsys.readouterr().err
-    assert helpers.main(["prefetch", "CIFAR11"]) == 1
+    assert documents.main(["prefetch", "CIFAR11"]) == 1
     assert "No dataset called CIFAR11" in capsys.readouterr().err
 
 
@@ -364,9 +365,9 @@ def test_verify_asks_nobody_and_is_content_with_what_is_there(server, cifar, dat
     mirrors(monkeypatch, f"{server.url}/good")
     for name in set(helpers.MIRRORS) - {"CIFAR10"}:
         monkeypatch.delitem(helpers.MIRRORS, name)
-    assert helpers.main(["verify"]) == 0, "nothing is there, and nothing was named"
-    assert helpers.main(["verify", "CIFAR10"]) == 1
+    assert documents.main(["verify"]) == 0, "nothing is there, and nothing was named"
+    assert documents.main(["verify", "CIFAR10"]) == 1
     (data / NAME).write_bytes(cifar.archive)
-    assert helpers.main(["verify"]) == helpers.main(["verify", "CIFAR10"]) == 0
+    assert documents.main(["verify"]) == documents.main(["verify", "CIFAR10"]) == 0
     assert "checksums matched" in capsys.readouterr().out
     assert server.asked == []

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import helpers
+from tests import documents
 
 REAL = helpers.Provenance("MNIST", "official", True)
 STAND_IN = helpers.Provenance("MNIST", "stand-in", False)
@@ -28,9 +29,9 @@ ROWS = [(2.0, 0.5, 2.1, 0.4), (1.0, 0.7, 1.2, 0.6), (0.7, 0.8, 1.0, 0.7)]
 FIGURES = {
     "images": lambda: helpers.image_grid(torch.zeros(12, 1, 28, 28, dtype=torch.uint8), ["title"] * 12, columns=5),
     "no image": lambda: helpers.image_grid(torch.zeros(0, 1, 28, 28, dtype=torch.uint8), []),
-    "curves": lambda: helpers.curves(history(*ROWS, samples=SAMPLES)),
-    "curves of one epoch": lambda: helpers.curves(history(ROWS[0])),
-    "curves of three runs": lambda: helpers.curves(
+    "curves": lambda: documents.curves(history(*ROWS, samples=SAMPLES)),
+    "curves of one epoch": lambda: documents.curves(history(ROWS[0])),
+    "curves of three runs": lambda: documents.curves(
         history(*ROWS), history(*ROWS), history(ROWS[0]), names=tuple("abc")
     ),
     "confusion": lambda: helpers.confusion(torch.eye(10, dtype=torch.int64), tuple("0123456789")),
@@ -79,7 +80,7 @@ class TestImageGrid:
 
 class TestCurves:
     def test_have_axes_with_units_lines_and_a_legend(self):
-        drawn = helpers.curves(history(*ROWS, samples=SAMPLES))
+        drawn = documents.curves(history(*ROWS, samples=SAMPLES))
         axes = drawn.axes
         assert [axis.get_ylabel() for axis in axes] == [
             *("accuracy (%)", "loss (nats)", "process CPU\nutilisation (%)")
@@ -97,15 +98,15 @@ class TestCurves:
 
     def test_of_a_gpu_say_so(self):
         samples = [{"seconds": 1.0, "time": 1e9, "gpu/utilization_percent": 97.0}]
-        assert helpers.curves(history(*ROWS, samples=samples)).axes[2].get_ylabel().startswith("GPU")
+        assert documents.curves(history(*ROWS, samples=samples)).axes[2].get_ylabel().startswith("GPU")
 
     def test_without_validation(self):
-        drawn = helpers.curves(history(*(row[:2] for row in ROWS)))
+        drawn = documents.curves(history(*(row[:2] for row in ROWS)))
         assert all(math.isnan(value) for value in drawn.axes[0].lines[1].get_ydata())
 
     def test_of_several_runs_show_their_validation(self):
         lost = history(*((*row[:3], row[3] / 2) for row in ROWS))
-        drawn = helpers.curves(history(*ROWS), lost, names=("one", "灰"))
+        drawn = documents.curves(history(*ROWS), lost, names=("one", "灰"))
         assert len(drawn.axes) == 2
         texts = [text.get_text() for text in drawn.axes[0].get_legend().get_texts()]
         assert texts == ["one", "灰"]

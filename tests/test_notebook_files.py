@@ -74,6 +74,18 @@ class TestFile:
             assert len(cell.source.splitlines()) <= (60 if folded else 40), cell.source[:80]
             assert max(map(len, cell.source.splitlines())) <= 90, cell.source  # wider ones scroll sideways
 
+    def test_no_cell_reads_a_name_that_has_two_meanings(self, name):
+        """Else a cell that is run again, after one further below, takes what that one left."""
+        cells = {cell.id: notebooks.top_level(cell.source) for cell in notebooks.code_cells(name)}
+        makers = {
+            made: [id for id, (names, _) in cells.items() if made in names] for id in cells for made in cells[id][0]
+        }
+        known = {"SETTINGS", "untrained"}  # the second cell adds to the first one's
+        odd = {
+            (id, read) for id, (_, reads) in cells.items() for read in reads - known if len(makers.get(read, "")) > 1
+        }
+        assert odd == set()
+
     def test_few_settings_come_first(self, name):
         first, *others = [cell for cell in notebooks.code_cells(name) if "helpers.settings(globals()" in cell.source]
         names = [t.id for node in ast.parse(first.source).body for t in getattr(node, "targets", [])]
@@ -123,12 +135,12 @@ class TestHelper:
         assert len((ROOT / "helpers.py").read_text(encoding="utf-8").splitlines()) <= 1_300
 
     def test_every_public_name_has_a_docstring_and_is_used(self):
-        """On a page, by the command line or by Run, in an annotation of such a one, or as an exception."""
+        """On a page, by checks, by the command line or by Run, in an annotation of such a one, or as an exception."""
         assert [name for name, node in self.PUBLIC.items() if not ast.get_docstring(node)] == []
-        cells = [ast.parse(cell.source) for name in notebooks.NAMES for cell in notebooks.code_cells(name)]
-        attributes = [node for cell in cells for node in ast.walk(cell) if isinstance(node, ast.Attribute)]
-        used = {node.attr for node in attributes if ast.unparse(node.value) == "helpers"} | {"main"}
-        used |= names_in([self.PUBLIC["main"]])
+        sources = [cell.source for name in notebooks.NAMES for cell in notebooks.code_cells(name)]
+        sources += [(ROOT / "tests" / name).read_text(encoding="utf-8") for name in ("checks.py", "documents.py")]
+        attributes = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)]
+        used = {node.attr for node in attributes if ast.unparse(node.value) == "helpers"}
         used |= names_in([self.PUBLIC["Run"]])
         nodes = [node for name in used & self.PUBLIC.keys() for node in ast.walk(self.PUBLIC[name])]
         used |= names_in([node.annotation for node in nodes if isinstance(node, ast.arg | ast.AnnAssign)])

@@ -170,9 +170,9 @@ class TestMuon:
 
 @pytest.mark.parametrize("name", notebooks.NAMES)
 def test_curves_can_be_drawn_before_the_first_epoch_is_whole(name):
-    [cell] = [cell for cell in notebooks.code_cells(name) if "helpers.curves(run.history)" in cell.source]
+    [cell] = [cell for cell in notebooks.code_cells(name) if "documents.curves(run.history)" in cell.source]
     run, shown = unittest.mock.Mock(history=[]), unittest.mock.Mock()
-    names = dict(helpers=shown, run=run, provenance=None, math=math, classes="0123456789", chance=2.3)
+    names = dict(helpers=shown, documents=shown, run=run, provenance=None, math=math, classes="0123456789", chance=2.3)
     exec(cell.source, names)
     shown.show.assert_called_once()
     run.history.append({"loss/train": 99.0})

@@ -13,6 +13,7 @@ import torch
 
 import helpers
 import toy
+from tests import documents
 
 CLASSES = ("cat", "dog", "<b>灰</b>", *map(str, range(3, 10)))
 
@@ -53,7 +54,7 @@ def report(run, words=""):
     """The text of the run's report."""
     path = run / "words.md"
     path.write_text(words, encoding="utf-8")
-    return helpers.write_report(run, path).read_text(encoding="utf-8")
+    return documents.write_report(run, words=path).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_it_has_what_the_lab_asks_for_and_nothing_from_elsewhere(page, original)
 def test_my_own_words_come_first(page):
     headings = re.findall(r"<h2>(.+?)</h2>", page)
     assert headings[0].startswith("In my own words")
-    assert page.index("<em>think</em>") < page.index("Result")
+    assert page.index("<em>think</em>") < page.index("Process")
 
 
 def test_html_of_classes_datasets_settings_and_words_is_escaped(page):
@@ -99,7 +100,7 @@ def test_a_stand_in_says_so_first(run):
     assert re.search(r"<blockquote>\s*<p>STAND-IN DATA, NOT CIFAR10", page)
     assert page.index("<blockquote>") < page.index("<h2>")
     assert "stopped after 2 of 3 epochs" in page
-    assert "nothing written yet" in page
+    assert "The file of words is empty" in page
 
 
 def test_the_utilisation_or_the_reason(run):
@@ -115,9 +116,10 @@ def test_the_utilisation_or_the_reason(run):
 
 def test_words_come_from_the_notebook_saved_last_whatever_it_is_called(run, monkeypatch, tmp_path):
     def save(name, lab, words, seconds):
-        cells = [["x = 1"], [f'run = helpers.Run("{lab}", SETTINGS)'], ["### In my own words 我的结论\n", words]]
+        cells = [("code", ["x = 1"]), ("code", [f'run = helpers.Run("{lab}", SETTINGS)'])]
+        cells += [("markdown", ["## 11 Report\n", "### In my own words 我的结论\n", words])]
         path = tmp_path / name
-        path.write_text(json.dumps({"cells": [{"cell_type": "code", "source": source} for source in cells]}))
+        path.write_text(json.dumps({"cells": [dict(cell_type=kind, source=source) for kind, source in cells]}))
         os.utime(path, (seconds, seconds))
 
     save("CIFAR.ipynb", "cifar", "as it was", 1)
@@ -125,9 +127,13 @@ def test_words_come_from_the_notebook_saved_last_whatever_it_is_called(run, monk
     save("MNIST.ipynb", "mnist", "of another page", 3)
     (tmp_path / "torn.ipynb").write_text('{"cells": [')
     monkeypatch.setattr(helpers, "HERE", tmp_path)
-    page = helpers.write_report(run).read_text(encoding="utf-8")
+    page = documents.write_report(run).read_text(encoding="utf-8")
     assert "Mein <em>Bericht</em>" in page
-    assert page.count("In my own words") == 1
+    assert page.count("<h2>In my own words") == 1
+    assert "as it was" not in page
+    assert "of another page" not in page
+    assert "helpers.Run(&quot;cifar&quot;, SETTINGS)" in page, "the code is the appendix"
+    assert "was not saved since the test" in page
 
 
 def test_a_run_without_validation_and_results(run):
@@ -135,12 +141,13 @@ def test_a_run_without_validation_and_results(run):
     entries = [{k: v for k, v in entry.items() if "validation" not in k} | {"samples": []} for entry in history]
     (run / "history.json").write_text(json.dumps(entries))
     shutil.rmtree(run / "results")
-    assert re.findall("<h3>(.+?)</h3>", report(run)) == ["nvidia-smi"]
+    headings = [heading.split()[0] for heading in re.findall("<h3>(.+?)</h3>", report(run))]
+    assert headings == ["Process", "Curves", "Utilisation", "Test", "All"]
 
 
 class TestComparison:
     def compare(self, runs, tmp_path):
-        return helpers.write_comparison(runs, tmp_path / "compare.html").read_text(encoding="utf-8")
+        return documents.write_comparison(runs, tmp_path / "compare.html").read_text(encoding="utf-8")
 
     def test_shows_the_settings_that_differ_and_no_others(self, run, tmp_path):
         other = shutil.copytree(run, run.with_name("20260102-000000-other"))
@@ -173,12 +180,12 @@ class TestCommandLine:
         assert "<strong>words</strong>" in (run / "report.html").read_text(encoding="utf-8")
 
     def test_writes_a_comparison(self, run, tmp_path, capsys):
-        assert helpers.main(["compare", str(run), str(run), "--output", str(tmp_path / "c.html")]) == 0
+        assert documents.main(["compare", str(run), str(run), "--output", str(tmp_path / "c.html")]) == 0
         assert capsys.readouterr().out == f"{tmp_path / 'c.html'}\n"
         assert "2 runs compared" in (tmp_path / "c.html").read_text(encoding="utf-8")
 
     def test_names_what_is_missing(self, tmp_path, capsys):
-        assert helpers.main(["report", str(tmp_path / "nowhere")]) == 1
+        assert documents.main(["report", str(tmp_path / "nowhere")]) == 1
         assert "nowhere/metrics.json" in capsys.readouterr().err
 
 
@@ -186,6 +193,6 @@ def test_a_full_disk_costs_the_report_alone(small_disk, run, capsys):
     disk = small_disk(200)
     copy = shutil.copytree(run, disk / run.name)
     toy.fill(disk)
-    assert helpers.main(["report", str(copy)]) == 1
+    assert documents.main(["report", str(copy)]) == 1
     assert "No space left" in capsys.readouterr().err
     assert not {"report.html", f".report.html.{os.getpid()}.part"} & {path.name for path in copy.iterdir()}

@@ -341,7 +341,7 @@ class TestCheckpoint:
 
     def test_of_lists_of_parts(self, runs):
         """Two optimizers, as CIFAR.ipynb has them."""
-        training = toy.Training()
+        training = toy.Training(EPOCHS=2)
         model = toy.Net()
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model.conv, model.output)]
         options = dict(model=model, optimizer=optimizers)

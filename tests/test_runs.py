@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import subprocess
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from torch import nn
 
 import helpers
+import ranks
 import toy
+from tests import documents
 
 # The contract's keys of metrics.json, in its order.
 KEYS = "lab dataset source verified parameters epochs world_size device precision test_accuracy test_loss"
@@ -43,7 +47,7 @@ class TestFiles:
 
     def test_all_of_them(self, trained):
         trained.finish()
-        helpers.write_report(trained.run.path)
+        documents.write_report(trained.run.path)
         names = {path.name for path in trained.run.path.iterdir()}
         events = {name for name in names if name.startswith("events.out.tfevents")}
         assert len(events) == 1
@@ -66,6 +70,12 @@ class TestFiles:
         git = ["git", "-C", str(helpers.HERE), "describe", "--always", "--dirty"]
         git = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
         assert config["versions"]["git"] == git
+
+    def test_the_revision_is_that_of_the_kit_whatever_the_environment_names(self, runs, tmp_path, monkeypatch):
+        before = toy.Training().run.config["versions"].get("git")
+        subprocess.run(["git", "init", "-q", str(tmp_path / "other")], check=True)
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+        assert toy.Training().run.config["versions"].get("git") == before
 
     def test_the_fingerprint_is_of_images_and_labels(self, runs):
         def fingerprint(split):
@@ -100,7 +110,7 @@ class TestFiles:
 
     def test_tables_and_figures_are_kept_as_results(self, trained):
         trained.run.add("tables/loaders", [["loader", "images/s"], ["classic", 1000], ["resident", 9000]])
-        trained.run.add("curves", helpers.curves(trained.run.history))
+        trained.run.add("curves", documents.curves(trained.run.history))
         results = trained.run.path / "results"
         table = "| loader | images/s |\n| --- | --- |\n| classic | 1000 |\n| resident | 9000 |"
         assert (results / "tables" / "loaders.md").read_text(encoding="utf-8") == table
@@ -114,7 +124,7 @@ class TestMetrics:
         metrics = trained.finish(gain=0.5)
         trained.page |= before
         assert metrics == read(trained.run.path, "metrics.json")
-        assert set(metrics) == {*KEYS.split(), "gain"}
+        assert set(metrics) == {*KEYS.split(), "gain", "smoke"}
         history, seconds = trained.run.history, trained.run.history[-1]["seconds"]
         loss, accuracy = helpers.evaluate(trained.model, trained.test_loader)
         expected = dict(lab="toy", dataset="MNIST", source="stand-in", verified=False, epochs=len(history), seed=1)
@@ -125,7 +135,7 @@ class TestMetrics:
         assert {key: metrics[key] for key in expected} == expected
         assert metrics["started"] <= metrics["finished"]
         line = f"STAND-IN, not MNIST: test accuracy {accuracy:.2%}, loss {loss:.4f}; trained for {seconds:.1f} s"
-        assert capsys.readouterr().out.splitlines()[-1] == line
+        assert capsys.readouterr().out.splitlines()[-1] == f"{line}; smoke run"
 
     def test_say_what_is_missing(self, trained):
         assert "missing" not in trained.finish()
@@ -224,3 +234,16 @@ def test_predict_keeps_order_and_restores_mode_after_a_failure():
 
 def test_evaluate_of_nothing_is_nan():
     assert all(math.isnan(number) for number in helpers.evaluate(Constant(), loader([], [])))
+
+
+def test_forty_students_at_once_get_forty_runs(tmp_path):
+    """One folder of runs, the same name and note, the same moment: as on a shared drive."""
+    moment = time.time() + 6
+    started = [
+        toy.Process(tmp_path / "log", os.environ | {"LAB_RUNS": str(tmp_path / "runs")}, ranks.open_at, moment)
+        for _ in range(40)
+    ]
+    names = [process.result() for process in started]
+    assert len({*names}) == 40
+    for name in names:
+        assert read(tmp_path / "runs" / "toy" / name, "config.json")["note"] == "the same"

@@ -11,6 +11,7 @@ import torch
 
 import helpers
 import notebooks
+from tests import documents
 
 SOURCES = {"helpers.py": (helpers.HERE / "helpers.py").read_text(encoding="utf-8")}
 SOURCES |= {name: "\n".join(cell.source for cell in notebooks.code_cells(name)) for name in notebooks.NAMES}
@@ -72,7 +73,7 @@ def test_a_crafted_archive_from_a_mirror_is_refused_and_runs_nothing(evil, serve
             tar.addfile(member, io.BytesIO(content))
     server.body = packed.getvalue()
     monkeypatch.setenv("LAB_MIRRORS", f"{server.url}/good")
-    assert helpers.main(["prefetch", "CIFAR10"]) == 1
+    assert documents.main(["prefetch", "CIFAR10"]) == 1
     assert "checksum" in capsys.readouterr().err
     assert not (data / cifar.table.filename).exists()
 
