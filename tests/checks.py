@@ -12,9 +12,16 @@ import traceback
 import torch
 from torch import nn
 
+import helpers
+
+UNWRITTEN = "not written yet: exercise {}, about {} minutes"  # in every blank of the student edition
+
 
 class Wrong(Exception):
     """What was written does something else than it should."""
+
+    def __str__(self):
+        return helpers.translate(super().__str__())
 
     def _render_traceback_(self):  # IPython shows this line and no stack
         return [f"{type(self).__name__}: {self}"]
@@ -32,14 +39,16 @@ def _check(function):
         state = torch.get_rng_state()
         try:
             torch.manual_seed(0)
-            print("✓", function(*arguments))
+            print("✓", helpers.translate(function(*arguments)))
         except Exception as error:
-            if isinstance(error, NotImplementedError):
+            if isinstance(error, NotImplementedError) and "not written yet" in (str(error) or "not written yet"):
                 error = Unwritten(str(error) or "not written yet")
             elif not isinstance(error, Wrong):
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                line = f" in the line `{where.line}`" if where.line and "checks" not in where.filename else ""
-                error = Wrong(f"it stops with {type(error).__name__}{line}: {error}")
+                stack = traceback.extract_tb(error.__traceback__)  # the last line that is neither ours nor a library's
+                own = [frame for frame in stack if frame.filename != __file__ and "site-packages" not in frame.filename]
+                kind, line = type(error).__name__, own[-1].line if own else ""
+                where = f"it stops with {kind} in the line `{line}`: {error}"
+                error = Wrong(where if line else f"it stops with {kind}: {error}")
             if strict or isinstance(error, Unwritten):
                 raise error from None
             print("✗", error)
@@ -254,20 +263,22 @@ def train_one_epoch(function):
     return "a training epoch: weights, losses and sums are right after three steps."
 
 
+class _Watchful(nn.Module):
+    """Notes in which mode it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        self.seen = self.training, torch.is_grad_enabled()
+        return images.flatten(start_dim=1)[:, :3] * self.weight
+
+
 @_check
 def evaluate(function):
     """`function(model, batches)` returns (mean loss, accuracy) over all images: evaluation mode, no gradients."""
-
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(1))
-
-        def forward(self, images):
-            self.seen = self.training, torch.is_grad_enabled()
-            return images.flatten(start_dim=1)[:, :3] * self.weight
-
-    model = Noisy().train()
+    model = _Watchful().train()
     batches = [(2 * torch.randn(size, 1, 2, 2), torch.randint(3, (size,))) for size in (8, 8, 3)]
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     logits = images.flatten(start_dim=1)[:, :3]
@@ -302,17 +313,22 @@ def guesses(numbers):
 @_check
 def my_network(network, shape):
     """`network(classes)` gives logits [N, classes] of images [N, *shape], and knows nothing yet."""
-    for classes in (10, 7):
+    for classes in (7, 10):
         model = network(classes=classes)
+        for name, value in [pair for module in model.modules() for pair in vars(module).items()]:
+            values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            hidden = not name.startswith("_") and any(isinstance(part, nn.Module) for part in values)
+            _demand(not hidden, f"self.{name} hides its layers from PyTorch: make it nn.Sequential or nn.ModuleList.")
         images, labels = torch.randn(32, *shape), torch.arange(32) % classes
         logits = model(images)
         got = list(logits.shape)
         _demand(got == [32, classes], f"32 images and {classes} classes should give [32, {classes}], not {got}.")
         loss, chance = nn.functional.cross_entropy(logits, labels).item(), math.log(classes)
-        text = f"the first loss is {loss:.2f}; of a network that knows nothing it is ln {classes} = {chance:.2f}."
-        _demand(loss < 2 * chance, text + " Are the logits too large?")
+        text = f"the first loss is {loss:.2f}, not about ln {classes} = {chance:.2f}: are the logits too large?"
+        _demand(loss < 2 * chance, text)
         _demand(
-            (logits >= 0).any() and (logits < 0).any(), "all logits have one sign: is there an activation at the end?"
+            (logits >= 0).any() and (logits < 0).any(),
+            "all logits have one sign: is there a ReLU or a softmax at the end? Nothing should stand there.",
         )
     count = sum(parameter.numel() for parameter in model.parameters())
     _demand(count, "the network has no parameters: are its layers attributes of self?")
@@ -333,7 +349,9 @@ def mirror(function):
     last, third = chances[:, 4] < 0.5, chances[:, 2] < 0.5
     for epoch, alternate, flip in ((2, True, last), (3, True, ~last), (2, False, third), (3, False, third)):
         options = {} if alternate else dict(alternate=False)
-        seen = function(images.clone(), chances.clone(), epoch, **options)
+        given = images.clone()
+        seen = function(given, chances.clone(), epoch, **options)
+        _demand(_close(given, images), "the images given were changed themselves: build new ones, or clone first.")
         upright = images.flip(-1) == images
         wrong = {
             "no image is mirrored: the last dimension of the images is the width.": images.float(),
@@ -341,8 +359,8 @@ def mirror(function):
             "the images are upside down: mirror the last dimension, the width.": torch.where(
                 flip[:, None, None, None], images.flip(-2), images
             ).float(),
-            f"epoch {epoch} mirrors the images that epoch {epoch + 1} should: see which chance decides.": _chosen(
-                ~flip, images
+            f"epoch {epoch} mirrors the images that it should leave, and leaves the others: 0.5, and even or odd?": (
+                _chosen(~flip, images)
             ),
             "with alternate=False the third chance decides, chances[:, 2], in every epoch.": _chosen(
                 last if epoch == 2 else ~last, images
@@ -376,7 +394,9 @@ def shift(function):
         )
 
     first = (chances[0, :2] * (2 * pixels + 1)).long().tolist()
-    seen = function(images.clone(), chances.clone(), pixels)
+    given = images.clone()
+    seen = function(given, chances.clone(), pixels)
+    _demand(_close(given, images), "the images given were changed themselves: build new ones, or clone first.")
     got = list(seen.shape)
     _demand(got == [9, 3, 7, 8], f"the images should keep their size: [9, 3, 7, 8], not {got}.")
     wrong = {
@@ -386,7 +406,7 @@ def shift(function):
         "the border is black: pad by reflection.": moved("constant"),
         "the border is repeated: pad by reflection, mode='reflect'.": moved("replicate"),
         "what leaves on one side comes back on the other: pad by reflection.": moved("circular"),
-        "rows and columns are exchanged: the first chance moves down, the second to the right.": moved(
+        "rows and columns are exchanged: the first chance gives the window's row, the second its column.": moved(
             down=lambda d, r: r, right=lambda d, r: d
         ),
         "the shift goes the other way: the window begins at the row that the chance gives.": moved(
@@ -407,10 +427,16 @@ def batch_norm(layer):
     bias = torch.tensor([0.5, -1.0, 2.0])
     right.bias.data.copy_(bias)
     one.bias.data.copy_(bias)
-    x = 2 * torch.randn(4, 3, 2, 3) + torch.tensor([1.0, -2.0, 0.5]).view(-1, 1, 1)
+    x = 2 * torch.randn(4, 3, 2, 5) + torch.tensor([1.0, -2.0, 0.5]).view(-1, 1, 1)
     leaf, other = (x.clone().requires_grad_() for _ in range(2))
     one.train()
-    y, expected = one(leaf), right(other)
+    try:
+        y = one(leaf)
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        hint = f"{text}: numbers of the channels, [C], need the shape [C, 1, 1] to fit to x: view(-1, 1, 1)."
+        raise Wrong(hint if "must match" in text else text) from None
+    expected = right(other)
     mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)
     m, v, b = (t.view(-1, 1, 1) for t in (mean, var, bias))
     wrong = {
@@ -421,7 +447,7 @@ def batch_norm(layer):
         "epsilon is missing, or outside of the root.": (x - m) / v.sqrt() + b,
         "epsilon is outside of the root: √(variance + ε).": (x - m) / (v.sqrt() + 0.01) + b,
         "the training batch is divided by the variance with 1/(n - 1): here it is the one with 1/n.": (
-            (x - m) / (v * 24 / 23 + 0.01).sqrt() + b
+            (x - m) / (v * 40 / 39 + 0.01).sqrt() + b
         ),
         "the statistics are over the images alone, one for each place: take those over N, H and W.": (
             (x - x.mean(0)) / (x.var(0, correction=0) + 0.01).sqrt() + b
@@ -433,18 +459,28 @@ def batch_norm(layer):
             (x - x.mean()) / (x.var(correction=0) + 0.01).sqrt() + b
         ),
     }
-    _compare(y.detach(), expected.detach(), {k: w.detach() for k, w in wrong.items()}, "the output in training?")
+    _compare(
+        y.detach(),
+        expected.detach(),
+        {k: w.detach() for k, w in wrong.items()},
+        "the output in training is not (x - mean) / √(variance + ε) + bias.",
+    )
     weights = torch.randn(y.shape)
     (y * weights).sum().backward()
     (expected * weights).sum().backward()
     text = "the gradient treats mean or variance as constants: detach only what goes into the running averages."
     _demand(leaf.grad is not None and _close(leaf.grad, other.grad, 1e-3), text)
-    for name, batch, start in (("running_mean", mean, 0.0), ("running_var", var * 24 / 23, 1.0)):
+    for name, batch, start in (("running_mean", mean, 0.0), ("running_var", var * 40 / 39, 1.0)):
         value, target = getattr(one, name), getattr(right, name)
-        _demand(not value.requires_grad, f"{name} keeps the graph of the batch: detach.")
+        _demand(
+            not value.requires_grad,
+            f"{name} remembers how it was computed, and so every batch: use mean.detach() for it.",
+        )
         wrong = {
             f"{name} did not change: update it in place, in training.": torch.full((3,), start),
             f"{name} is the batch's: only a share, the momentum, is new.": batch,
+            f"{name} takes a tenth of the batch's whatever the momentum is: use self.momentum.": 0.9 * start
+            + 0.1 * batch,
             f"{name} keeps a share of `momentum` of the old value: that is the share of the new one.": (
                 0.3 * start + 0.7 * batch
             ),
@@ -452,13 +488,19 @@ def batch_norm(layer):
                 0.7 * start + 0.3 * var
             ),
         }
-        _compare(value, target, wrong, f"{name} is {value.tolist()}, it should be {target.tolist()}.")
+        got, want = ([round(number, 4) for number in t.tolist()] for t in (value, target))
+        _compare(value, target, wrong, f"{name} is {got}, it should be {want}.")
     one.eval()
     right.eval()
     before, z = one.running_mean.clone(), x[:1] + 3
     m, v = z.mean((0, 2, 3)).view(-1, 1, 1), z.var((0, 2, 3), correction=0).view(-1, 1, 1)
     batch = "in evaluation the batch's statistics are used: take the running averages, see self.training."
-    _compare(one(z).detach(), right(z).detach(), {batch: (z - m) / (v + 0.01).sqrt() + b}, "the output in evaluation?")
+    _compare(
+        one(z).detach(),
+        right(z).detach(),
+        {batch: (z - m) / (v + 0.01).sqrt() + b},
+        "the output in evaluation is not that of the running averages.",
+    )
     _demand(_close(one.running_mean, before), "the running averages move in evaluation: only in training.")
     return "batch normalisation: training, running averages, gradient and evaluation."
 
@@ -548,7 +590,9 @@ def data_parallel(function):
         "the gradients are added, not averaged.": mix(torch.ones(3)),
         "the mean of the parts' means: weight each part by its number of images.": mix(torch.ones(3) / 3),
         "these are sums over images: divide by the number of all images.": mix(sizes),
-        "the gradients of the last part alone.": mix(torch.tensor([0.0, 0.0, 1.0])),
+        "the gradients of the last part alone: are they kept before the next backward overwrites them? clone.": mix(
+            torch.tensor([0.0, 0.0, 1.0])
+        ),
         "the gradients of the first part alone.": mix(torch.tensor([1.0, 0.0, 0.0])),
         "the gradients of earlier parts are counted again: zero_grad before each backward.": mix(
             torch.tensor([12.0, 6.0, 4.0]) / 12

@@ -138,6 +138,12 @@ def mirrored(dim=-1, every=False, last=4, third=2, swap=False, alternating=True)
     return mirror
 
 
+def in_place(images, chances, epoch, alternate=True):
+    """A mirror that changes the images that it is given."""
+    images[:] = mirrored()(images, chances, epoch, alternate)
+    return images
+
+
 def shifted(mode="reflect", one=False, swap=False, back=False, most=None):
     """A shift with one thing wrong, image by image."""
 
@@ -264,6 +270,7 @@ RIGHT = [
     (checks.guesses, {"a": 10, "b": 99.5}),
 ]
 WRONG = [
+    (checks.block, block(lambda self, x: self.refine(x)), "it stops with NotImplementedError in the line"),
     (checks.lenet5, lenet(pool=lambda: nn.AvgPool2d(2)), "pooling takes the average"),
     (checks.lenet5, lenet(last=(nn.ReLU,)), "ReLU behind the last layer"),
     (checks.lenet5, lenet(last=(lambda: nn.Softmax(1),)), "softmax behind the last layer"),
@@ -317,7 +324,8 @@ WRONG = [
     (checks.mirror, lambda images, *_, **__: images, "no image is mirrored"),
     (checks.mirror, mirrored(every=True), "all images are mirrored, or none"),
     (checks.mirror, mirrored(dim=-2), "upside down"),
-    (checks.mirror, mirrored(swap=True), "mirrors the images that epoch"),
+    (checks.mirror, mirrored(swap=True), "mirrors the images that it should leave"),
+    (checks.mirror, in_place, "the images given were changed themselves"),
     (checks.mirror, mirrored(alternating=False), "odd epochs mirror the same images as even ones"),
     (checks.mirror, mirrored(last=2), "with alternate the last chance decides"),
     (
@@ -349,12 +357,14 @@ WRONG = [
         norm(output=lambda x, m, v, e, b: (x - m) / (v.sqrt() + e) + b),
         "epsilon is outside of the root:",
     ),
-    (checks.batch_norm, norm(change=lambda self, m, v: (m, v * 24 / 23)), "divided by the variance with 1/(n - 1)"),
+    (checks.batch_norm, norm(change=lambda self, m, v: (m, v * 40 / 39)), "divided by the variance with 1/(n - 1)"),
+    (checks.batch_norm, norm(output=lambda x, m, v, e, b: x - m.flatten()), "need the shape [C, 1, 1]"),
+    (checks.batch_norm, norm(running=lambda self, x: standard(self, x, share=lambda m: 0.1)), "use self.momentum"),
     (checks.batch_norm, norm(axes=(0,)), "over the images alone"),
     (checks.batch_norm, norm(axes=(2, 3)), "those of single images"),
     (checks.batch_norm, norm(axes=(0, 1, 2, 3)), "one mean and variance for all channels"),
     (checks.batch_norm, norm(change=lambda self, m, v: (m.detach(), v.detach())), "mean or variance as constants"),
-    (checks.batch_norm, norm(running=lambda self, x: standard(self, x, detach=False)), "keeps the graph of the batch"),
+    (checks.batch_norm, norm(running=lambda self, x: standard(self, x, detach=False)), "remembers how it was computed"),
     (checks.batch_norm, norm(running=lambda self, x: None), "running_mean did not change"),
     (checks.batch_norm, norm(running=lambda self, x: standard(self, x, mean=False)), "running_mean did not change:"),
     (
@@ -449,12 +459,18 @@ def test_a_network_of_ones_own(shape, capsys):
 
         return Net
 
+    class Hiding(linear()):
+        def __init__(self, classes=10):
+            super().__init__(classes)
+            self.more = [nn.Linear(3, 3)]
+
     checks.my_network(linear(), shape)
-    assert "✓ a network of your own" in capsys.readouterr().out
+    assert f"✓ a network of your own: {10 * (math.prod(shape) + 1):,} parameters" in capsys.readouterr().out
     for wrong, words in [
-        (linear(50), "logits too large"),
+        (linear(50), "are the logits too large"),
         (linear(end=nn.ReLU), "one sign"),
         (linear(outputs=10), "[32, 7]"),
+        (Hiding, "self.more hides its layers"),
     ]:
         with pytest.raises(checks.Wrong) as caught:
             checks.my_network(wrong, shape)
