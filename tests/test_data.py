@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -278,6 +279,87 @@ class TestImageFolder:
         shutil.rmtree(image_folder / "train")
         (image_folder / "train").mkdir()
         self.check_refused(image_folder, "empty folder", "train", fault)
+
+    def test_one_class_is_nothing_to_tell_apart(self, image_folder, fault):
+        for part in ("train", "test"):
+            shutil.rmtree(image_folder / part / "狗")
+        self.check_refused(image_folder, "one class", "1 classes are nothing to tell apart", fault)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA"])
+    @pytest.mark.parametrize("shape", [COLOR, GREY])
+    def test_what_is_transparent_is_white(self, mode, shape, tmp_path):
+        """Black ink on nothing, as a drawing program saves it."""
+        alpha = Image.new("L", (32, 32), 0)
+        alpha.paste(255, (8, 8, 24, 24))
+        image = Image.merge("LA", (Image.new("L", (32, 32), 0), alpha))
+        if mode == "P":
+            image = Image.new("P", (32, 32), 1)
+            image.putpalette([0, 0, 0, 0, 0, 0])
+            image.paste(0, (8, 8, 24, 24))
+            image.info["transparency"] = 1
+        path = tmp_path / ("x.tif" if mode == "PA" else "x.png")
+        (image if mode in ("LA", "P") else image.convert("RGBA")).save(path)
+        pixels = helpers.read_image(path, shape)
+        assert pixels[:, 0, 0].eq(255).all()
+        assert pixels[:, 14, 14].eq(0).all()
+
+    @pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+    def test_sixteen_bits_are_scaled(self, suffix, tmp_path):
+        ramp = np.linspace(0, 65_535, 28 * 28).round().astype(np.uint16).reshape(28, 28)
+        Image.fromarray(ramp).save(tmp_path / f"x{suffix}")
+        pixels = helpers.read_image(tmp_path / f"x{suffix}", GREY)[0].numpy()
+        assert np.abs(pixels - ramp / 257).max() <= 1
+
+    @pytest.mark.parametrize("kind", [np.float32, np.int32])
+    def test_a_range_that_nobody_knows_is_refused(self, kind, tmp_path):
+        Image.fromarray(np.ones((28, 28), kind)).save(tmp_path / "x.tif")
+        with pytest.raises(helpers.LabError, match=r"x\.tif.*no known range"):
+            helpers.read_image(tmp_path / "x.tif", GREY)
+
+    def test_what_is_hidden_or_seen_already_is_not_read(self, image_folder, capsys):
+        train = image_folder / "train"
+        image = (train / "cat" / "0.png").read_bytes()
+        for folder in (train / ".ipynb_checkpoints", train / "cat" / ".ipynb_checkpoints", train / "__MACOSX"):
+            folder.mkdir()
+            (folder / "0-checkpoint.png").write_bytes(image)
+        for name in (".DS_Store", "._0.png", "Thumbs.db"):
+            (train / "cat" / name).write_bytes(b"x")
+        (train / "cat" / "circle").symlink_to("..")
+        (train / "cat" / "more").mkdir()
+        (train / "cat" / "more" / "3.JFIF").write_bytes(image)
+        (train / "狗" / "notes.txt").write_text("x")
+        os.mkfifo(train / "狗" / "pipe.png")
+        split = helpers.load(str(image_folder), train=True, shape=COLOR)
+        assert (len(split), split.classes) == (7, ("cat", "狗"))
+        assert split.labels.tolist() == [0] * 4 + [1] * 3
+        assert capsys.readouterr().out == "2 files left out of train/: 狗/notes.txt, 狗/pipe.png\n"
+
+    def test_both_forms_of_a_letter_are_one_class(self, image_folder):
+        for part, form in (("train", "NFC"), ("test", "NFD")):
+            (image_folder / part / "狗").rename(image_folder / part / unicodedata.normalize(form, "Bébé"))
+        assert helpers.load(str(image_folder), train=False, shape=COLOR).classes == ("Bébé", "cat")
+
+    def test_names_that_are_no_text_or_too_long(self, image_folder, capsys):
+        cat = image_folder / "train" / "cat"
+        os.rename(os.fsencode(cat / "0.png"), os.fsencode(cat) + "/猫.png".encode("gbk"))
+        for part in ("train", "test"):
+            (image_folder / part / "狗").rename(image_folder / part / ("n" * 240))
+        assert helpers.load(str(image_folder), train=True, shape=COLOR).classes == ("cat", "n" * 39 + "…")
+        with open(os.fsencode(cat) + "/犬.png".encode("gbk"), "wb") as file:
+            file.write(b"no image")
+        with pytest.raises(helpers.LabError, match="cannot be read as an image") as caught:
+            helpers.load(str(image_folder), train=True, shape=COLOR)
+        print(caught.value)  # as a page does
+
+    @pytest.mark.parametrize(("name", "words"), [("gone.png", r"gone\.png"), ("circle.png", r"circle\.png")])
+    def test_a_link_that_leads_nowhere_is_named(self, image_folder, name, words):
+        (image_folder / "train" / "cat" / name).symlink_to(name if name == "circle.png" else "nowhere.png")
+        with pytest.raises(helpers.LabError, match=words):
+            helpers.load(str(image_folder), train=True, shape=COLOR)
+
+    def test_the_home_of_nobody(self):
+        with pytest.raises(helpers.LabError, match="nosuchuser"):
+            helpers.load("~nosuchuser/pets", train=True, shape=COLOR)
 
     def test_no_such_folder(self):
         with pytest.raises(helpers.LabError, match=r"nowhere.*MNIST"):

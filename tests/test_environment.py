@@ -1,6 +1,8 @@
 """Device, precision and the environment check, against what machines answer that nobody has here."""
 
 import contextlib
+import os
+import subprocess
 import sys
 
 import pytest
@@ -53,6 +55,29 @@ def test_a_torchvision_that_does_not_import_comes_with_the_wheels_that_fit(build
     with pytest.raises(helpers.LabError, match=r"torchvision does not fit torch[^$]*pip install") as caught:
         helpers.check_environment()
     assert str(caught.value).endswith(wheels)
+
+
+@pytest.mark.parametrize(("quota", "threads"), [("100000 100000", 1), ("max 100000", 2), ("50000 100000", 1), ("", 2)])
+def test_a_container_gets_as_many_threads_as_its_quota(quota, threads, monkeypatch, tmp_path):
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(helpers, "CPU_QUOTA", tmp_path / "cpu.max")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        helpers.check_environment()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_what_a_terminal_cannot_encode_stops_nothing(encoding):
+    program = "import helpers\nhelpers.check_environment()\nprint('✓ 网络')"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=helpers.HERE, env=environment, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode(encoding).endswith("? ??\n")
 
 
 def test_check_prints_this_machine(capsys):

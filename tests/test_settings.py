@@ -99,6 +99,32 @@ def test_now_is_the_value_on_the_page(page):
     assert settings.now()["EPOCHS"] == 20
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        *[(f"EPOCHS = {value}", "a whole number is wanted, 1 or more") for value in ("2.5", "0", "-1", "'3'", "True")],
+        *[(f"SEED = {value}", "0 or more|a number, a text") for value in ("1.5", "-1", "None")],
+        *[(f"LEARNING_RATE = {value}", "a number is wanted, 0 or more") for value in ("'0.1'", "-1", "float('inf')")],
+        *[(f"WIDTHS = {value}", "a tuple is wanted") for value in ("64", "'16,32'")],
+        *[(f"WIDTHS = {value}", "a whole number is wanted, 1 or more") for value in ("()", "(16, 0)", "(16.0, 32)")],
+        ("RESOLUTIONS = (4, 32)", "a whole number is wanted, 16 or more"),
+        ("VALIDATION = 2.0", "a whole number is wanted, 0 or more"),
+        ("MOMENTUM = -0.9", "a number is wanted, 0 or more"),
+        ("LABEL_SMOOTHING = '0.2'", "a number is wanted, 0 or more"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_in_its_cell(line, words, page):
+    with pytest.raises(helpers.LabError, match=f"^{line.split()[0]} = .*({words})"):
+        page.run(line)
+
+
+@pytest.mark.parametrize(
+    "line", ["MOMENTUM = 0", "BATCH_SIZE = 1", "WIDTHS = [4, 4]", "SEED = 0", "WEIGHT_DECAY = 0.0"]
+)
+def test_a_valid_value_at_the_edge_is_taken(line, page):
+    page.run(line)
+
+
 def test_those_that_a_resumed_run_may_change_are_kept_from_cell_to_cell(page):
     page.run("A = 1", 'SETTINGS = helpers.settings(globals(), free="A")')
     assert page.run_last("B = 1\nC = 2", free="B C").free == {"A", "B", "C"}
