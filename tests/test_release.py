@@ -46,7 +46,7 @@ def test_it_holds_what_the_contract_lists(edition):
     files = {path.relative_to(edition).as_posix() for path in edition.rglob("*") if path.is_file()}
     assert files == {
         *("MNIST.ipynb", "CIFAR.ipynb", "helpers.py", "requirements.txt", "README.md"),
-        *("tests/__init__.py", "tests/checks.py"),
+        *("tests/__init__.py", "tests/checks.py", "tests/documents.py"),
     }
 
 
