@@ -46,7 +46,8 @@ class Collector:
             self.broken.append(report.nodeid)
         if report.when == "call":
             for entry in entries:
-                self.rows.setdefault(entry["name"], []).append(entry | {"survived": report.passed})
+                seconds = report.duration if entry["seconds"] is None else entry["seconds"]  # of a whole test
+                self.rows.setdefault(entry["name"], []).append(entry | dict(seconds=seconds, survived=report.passed))
 
 
 def shortened(text: str, length: int) -> str:

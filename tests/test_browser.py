@@ -50,7 +50,7 @@ def lab(tmp_path_factory):
     for name in (*notebooks.NAMES, "helpers.py"):
         shutil.copy(notebooks.ROOT / name, folder)
     (folder / "tests").mkdir()
-    for name in ("__init__.py", "checks.py"):
+    for name in ("__init__.py", "checks.py", "documents.py"):
         shutil.copy(notebooks.ROOT / "tests" / name, folder / "tests")
     shutil.copytree(notebooks.ROOT / "runs" / "reference", folder / "runs" / "reference")
     with socket.socket() as free:
@@ -128,7 +128,7 @@ def follow_links(browser, sections):
         top = f"return document.querySelector('[data-jupyter-id=section-{number}]')?.getBoundingClientRect().top"
         wait(lambda top=top: browser.execute_script(top) is not None, 60)
         browser.execute_script(f"document.querySelector('.jp-Notebook a[href$=\"#section-{number}\"]').click()")
-        wait(lambda top=top: -20 < browser.execute_script(top) < browser.get_window_size()["height"], 20)
+        wait(lambda top=top: -20 < browser.execute_script(top) < browser.get_window_size()["height"], 60)
 
 
 def draw_a_digit(browser):

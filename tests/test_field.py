@@ -24,6 +24,13 @@ def python(program, folder=helpers.HERE, **variables):
     return result.stdout + result.stderr, result.returncode
 
 
+@pytest.fixture(autouse=True)
+def row(fault, request):
+    """Makes each test a row of the table of tests/faults.py."""
+    with fault(request.node.originalname.removeprefix("test_").replace("_", " ")):
+        yield
+
+
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_RUNS", str(tmp_path / "runs"))
