@@ -125,9 +125,10 @@ def test_run_all_cells_in_jupyterlab(name, lab, browser):
 def follow_links(browser, sections):
     """Each link of the table of contents brings its section into view. (JupyterLab must have drawn it before.)"""
     for number in range(1, sections + 1):
-        top = f"return document.querySelector('[data-jupyter-id=section-{number}]')?.getBoundingClientRect().top"
+        page = "jupyterapp.shell.currentWidget.node"  # the other page may still be there
+        top = f"return {page}.querySelector('[data-jupyter-id=section-{number}]')?.getBoundingClientRect().top"
         wait(lambda top=top: browser.execute_script(top) is not None, 60)
-        browser.execute_script(f"document.querySelector('.jp-Notebook a[href$=\"#section-{number}\"]').click()")
+        browser.execute_script(f"{page}.querySelector('.jp-Notebook a[href$=\"#section-{number}\"]').click()")
         wait(lambda top=top: -20 < browser.execute_script(top) < browser.get_window_size()["height"], 60)
 
 
