@@ -345,8 +345,7 @@ def reuse_memory() -> None:
 
 # --------------------------------------------------------------------------------------------------------- processes
 
-# Collective, called by every rank in the same order: join_world, sum_over_ranks, load, predict, evaluate; opening a
-# Run, its training, save and finish.
+# Called by all ranks in one order: join_world, sum_over_ranks, load, predict, evaluate; Run(), training, save, finish.
 
 World = collections.namedtuple("World", "rank size", defaults=(0, 1))  # process `rank` of `size`
 
@@ -978,6 +977,8 @@ class Run:
         except NotImplementedError:  # a file system without locks
             self.lock = None
         except OSError as error:
+            if isinstance(error, FileExistsError) and path.is_dir():  # of another process, in the same microsecond
+                return self._open(resume)
             raise LabError(f"{path} cannot be made: {error}. Set LAB_RUNS to a folder you can write.") from None
         if not runs:
             _write(path / "config.json", self.config)

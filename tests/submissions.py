@@ -252,7 +252,7 @@ def damages(folder: Path, expected: dict) -> None:
     put("mueller_22345_MNIST.ipynb", mnist, "mueller-2", **mnist_only)
     put("renamed.zip", zipped({"Lab final (2).ipynb": cifar, "notes.ipynb": mnist}), **both)
     put("handed_in.zip", hand_in(mnist, cifar), **both)
-    put("folder/work/My MNIST.ipynb", mnist, "folder", **mnist_only)
+    put("folder/mine/My MNIST.ipynb", mnist, "folder", **mnist_only)
     put("deleted.ipynb", file([c for c in few if "checks.evaluate(" not in c["source"]]),
         wrong={"MNIST 5": "not defined"}, **mnist_only)  # fmt: skip
     put("reordered.ipynb", file(few[::-1]), **mnist_only)

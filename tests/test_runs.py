@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import torch
@@ -247,3 +248,16 @@ def test_forty_students_at_once_get_forty_runs(tmp_path):
     assert len({*names}) == 40
     for name in names:
         assert read(tmp_path / "runs" / "toy" / name, "config.json")["note"] == "the same"
+
+
+def test_a_name_that_is_taken_in_the_same_microsecond_is_given_up(tmp_path, monkeypatch):
+    class Clock(datetime):
+        moments = iter([datetime(2026, 1, 1), datetime(2026, 1, 1), datetime(2026, 1, 2)])
+
+        @classmethod
+        def now(cls):
+            return next(cls.moments)
+
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    monkeypatch.setattr(helpers, "datetime", Clock)
+    assert [toy.Training().run.path.name[:8] for _ in range(2)] == ["20260101", "20260102"]
