@@ -6,6 +6,7 @@ no file is read, and the random numbers are as they were before.
 """
 
 import functools
+import inspect
 import math
 import traceback
 
@@ -113,6 +114,11 @@ def lenet5(network):
     }
     other = "the logits are others than C1, S2, C3, S4, C5, F6 and the output layer give, each with its activation."
     _compare(logits, forward(), wrong, other)
+    taken = inspect.signature(network).parameters
+    if {"activation", "pool"} <= taken.keys():  # as on the page; a version with no such arguments is right, too
+        for name, kind in (("activation", nn.Tanh), ("pool", nn.AvgPool2d)):
+            used = any(isinstance(module, kind) for module in network(**{name: kind}).modules())
+            _demand(used, f"the argument `{name}` has no effect: section 10 changes the network by it.")
     return "LeNet-5: 61,706 parameters, and the logits are right."
 
 
@@ -143,7 +149,7 @@ def cross_entropy(function):
     _compare(loss, right, wrong, f"the loss is {loss.detach().flatten()[:3].tolist()}, it should be {right:.4f}.")
     large = torch.tensor([[1000.0, 0.0], [0.0, -1000.0]])
     value = function(large, torch.tensor([1, 0]))
-    message = f"logits of 1,000 give {value.item()}, not 500: subtract the largest logit before exp, or use logsumexp."
+    message = f"logits of 1,000 give {value.item()}, not 500: subtract each row's largest logit, stay in logarithms."
     _demand(math.isclose(value.item(), 500, rel_tol=1e-5), message)
     leaf = logits.clone().requires_grad_()
     function(leaf, labels).backward()
@@ -219,19 +225,14 @@ def train_one_epoch(function):
         made.load_state_dict(begin)
         return made
 
-    def reference(zero="before", update=True, softmax=False):
+    def reference(order="zbs", softmax=False):  # zero_grad, backward, step
         def train(model, batches, criterion, optimizer, scheduler):
             losses, total, correct = [], 0.0, 0
             for images, labels in batches:
                 logits = model(images)
                 loss = criterion(logits.softmax(1) if softmax else logits, labels)
-                if zero == "before":
-                    optimizer.zero_grad()
-                loss.backward()
-                if zero == "between":
-                    optimizer.zero_grad()
-                if update:
-                    optimizer.step()
+                for act in order:
+                    {"z": optimizer.zero_grad, "b": loss.backward, "s": optimizer.step}[act]()
                 scheduler.step()
                 losses.append(loss.detach())
                 total, correct = total + loss.detach() * len(labels), correct + (logits.argmax(1) == labels).sum()
@@ -244,11 +245,12 @@ def train_one_epoch(function):
     trained.eval()
     losses, loss_sum, correct, weights, steps = _epoch(function, trained, criterion, batches)
     wrong = {
-        "zero_grad is never called: the gradients of all steps add up.": reference(zero="never")[3],
-        "the weights did not change: zero_grad stands between backward and step, or one of these is missing.": (
-            reference(zero="between")[3]
+        "zero_grad is never called: the gradients of all steps add up.": reference("bs")[3],
+        "the weights did not change: no gradient is left when step comes. The order is zero_grad, backward, step.": (
+            reference("bzs")[3]
         ),
         "softmax stands before the criterion, which takes logits.": reference(softmax=True)[3],
+        "step stands before backward: each step follows the gradient of the batch before.": (reference("szb")[3]),
     }
     _compare(weights, right[3], wrong, "the weights after three steps are others: forward, loss, zero, backward, step?")
     _demand(trained.training, "the model should be in training mode: model.train().")
@@ -289,6 +291,8 @@ def evaluate(function):
     _demand(not training, "the model is in training mode: call model.eval() first.")
     _demand(not gradients, "gradients are recorded: put the loop under torch.no_grad().")
     _demand(model.training, "the model stays in evaluation mode: restore the mode that it had.")
+    function(model.eval(), batches)
+    _demand(not model.training, "a model in evaluation mode comes back in training mode: restore the mode that it had.")
     loss, accuracy = (float(value) for value in result)
     each = [nn.functional.cross_entropy(x.flatten(start_dim=1)[:, :3], y).item() for x, y in batches]
     hits = [(x.flatten(start_dim=1)[:, :3].argmax(1) == y).float().mean().item() for x, y in batches]

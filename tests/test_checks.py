@@ -48,6 +48,13 @@ class Functional(nn.Module):
         return self.a(F.relu(self.b(x)))
 
 
+class Deaf(Functional):
+    """LeNet-5 whose arguments change nothing."""
+
+    def __init__(self, activation=nn.ReLU, pool=nn.MaxPool2d, classes=10):
+        super().__init__(classes)
+
+
 def lse(logits, labels):
     return (logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]).mean()
 
@@ -117,7 +124,7 @@ def evaluation(mode=True, grad=False, restore=True, exact=True, percent=1, total
                 hits.append((logits.argmax(1) == labels).float().mean().item())
                 sizes.append(len(labels) if exact else 1)
         if restore:
-            model.train(was)
+            model.train(was if restore is True else restore == "train")
         mean = lambda values: sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)  # noqa: E731
         loss, accuracy = sum(losses) if add else mean(losses), mean(hits) * percent
         return loss, accuracy * (sum(sizes) if total else 1)
@@ -277,6 +284,7 @@ WRONG = [
     (checks.lenet5, lenet(hidden=nn.Identity), "no activation behind the linear layers"),
     (checks.lenet5, lenet(active=nn.Identity), "no activation anywhere"),
     (checks.lenet5, lenet(active=nn.Tanh), "the activation is tanh"),
+    (checks.lenet5, Deaf, "the argument `activation` has no effect"),
     (checks.lenet5, lenet(padding=0), "lacks its padding of 2"),
     (checks.lenet5, lenet(pool=nn.Identity), "it stops with RuntimeError"),
     (checks.lenet5, net(nn.Flatten, lambda: nn.Linear(784, 10)), "there is no weight of shape (6, 1, 5, 5)"),
@@ -289,7 +297,7 @@ WRONG = [
     (checks.cross_entropy, lambda z, y: lse(z.softmax(1), y), "softmax is taken twice"),
     (checks.cross_entropy, lambda z, y: F.nll_loss(z.log_softmax(0), y), "over the images of the batch"),
     (checks.cross_entropy, lambda z, y: lse(z, y) / math.log(2), "logarithm to base 2"),
-    (checks.cross_entropy, naive, "subtract the largest logit"),
+    (checks.cross_entropy, naive, "subtract each row's largest logit"),
     (checks.cross_entropy, lambda z, y: lse(z, y).detach(), "it stops with RuntimeError"),
     (checks.cross_entropy, lambda z, y: lse(z, y).item(), "a tensor without dimensions"),
     (checks.sgd_step, step(lambda p, v, g, eta, mu: v.copy_(mu * v + g)), "the parameters did not change"),
@@ -305,8 +313,10 @@ WRONG = [
     (checks.sgd_step, both(plain, lambda p, v, old, g, eta, mu: p - eta * old), "the velocity of before"),
     (checks.sgd_step, both(plain, lambda p, v, old, g, eta, mu: p - eta * (g + mu * v)), "Nesterov"),
     (checks.train_one_epoch, epoch("bs"), "zero_grad is never called"),
-    (checks.train_one_epoch, epoch("bzs"), "zero_grad stands between backward and step"),
-    (checks.train_one_epoch, epoch("zb"), "or one of these is missing"),
+    (checks.train_one_epoch, epoch("bzs"), "no gradient is left when step comes"),
+    (checks.train_one_epoch, epoch("zsb"), "the weights did not change"),
+    (checks.train_one_epoch, epoch("szb"), "step stands before backward"),
+    (checks.train_one_epoch, epoch("zb"), "The order is zero_grad, backward, step"),
     (checks.train_one_epoch, epoch(softmax=True), "softmax stands before the criterion"),
     (checks.train_one_epoch, epoch(train=False), "should be in training mode"),
     (checks.train_one_epoch, epoch(schedule=0), "the scheduler took 0 steps"),
@@ -316,6 +326,7 @@ WRONG = [
     (checks.train_one_epoch, epoch(count=0), "0 right answers"),
     (checks.evaluate, evaluation(mode=False), "call model.eval()"),
     (checks.evaluate, evaluation(grad=True), "torch.no_grad()"),
+    (checks.evaluate, evaluation(restore="train"), "comes back in training mode"),
     (checks.evaluate, evaluation(restore=False), "restore the mode"),
     (checks.evaluate, evaluation(exact=False), "mean of the batches' means"),
     (checks.evaluate, evaluation(add=True), "the losses are added"),
