@@ -361,10 +361,10 @@ def join_world(seconds: float = 600) -> World:
     Rank 0 prints for all, the others only errors, to stderr. `seconds` is how long a process waits for the others, here
     and later. Raises LabError where not all come in time.
     """
-    size = int(os.environ.get("WORLD_SIZE") or 1)
-    if size > 1 and "RANK" not in os.environ:
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdecimal() or (int(size) > 1 and "RANK" not in os.environ):
         raise LabError(f"WORLD_SIZE={size} in the environment without RANK: unset it, or start the page by torchrun.")
-    if size == 1 or _world().size > 1:
+    if int(size) == 1 or _world().size > 1:
         return _world()
     gpus = torch.cuda.is_available() and os.environ.get("LAB_DEVICE") != "cpu"
     try:
@@ -373,7 +373,7 @@ def join_world(seconds: float = 600) -> World:
         limit, attempt = timedelta(seconds=seconds), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
         # Without the prefix a job that torchrun restarts finds the addresses of the processes that died.
-        options = dict(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=limit)
+        options = dict(store=dist.PrefixStore(attempt, store), rank=rank, world_size=int(size), timeout=limit)
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", **options)
     except (RuntimeError, ValueError) as error:  # nobody answers, the port is taken, fewer GPUs than processes
         raise LabError(f"Not all {size} processes came within {seconds:.0f} s: {_reason(error)}") from None
@@ -487,7 +487,7 @@ MIRRORS = {  # tried in this order, after LAB_MIRRORS
 }
 CONNECT_SECONDS, SLOW_SECONDS, SLOW_RATE = 5, 10, 50_000  # a mirror sends so many bytes/s, over so many seconds
 LARGEST = 400_000_000  # bytes; no archive has half of it
-HIDDEN = (".", "__MACOSX", "Thumbs.db")
+HIDDEN = (".", "__MACOSX", "@eaDir", "Thumbs.db")
 IMAGES = {".avif", ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 SIZES = {"MNIST": (60_000, 10_000), "CIFAR": (50_000, 10_000), "smoke": (2_000, 500)}  # training, test
 

@@ -319,7 +319,8 @@ class TestImageFolder:
     def test_what_is_hidden_or_seen_already_is_not_read(self, image_folder, capsys):
         train = image_folder / "train"
         image = (train / "cat" / "0.png").read_bytes()
-        for folder in (train / ".ipynb_checkpoints", train / "cat" / ".ipynb_checkpoints", train / "__MACOSX"):
+        for name in (".ipynb_checkpoints", "cat/.ipynb_checkpoints", "__MACOSX", "cat/@eaDir"):
+            folder = train / name
             folder.mkdir()
             (folder / "0-checkpoint.png").write_bytes(image)
         for name in (".DS_Store", "._0.png", "Thumbs.db"):

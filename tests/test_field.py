@@ -39,9 +39,10 @@ def runs(tmp_path, monkeypatch):
 
 class TestEnvironment:
     def test_a_world_without_a_rank_is_named(self, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "4")
-        with pytest.raises(helpers.LabError, match="WORLD_SIZE=4 in the environment without RANK"):
-            helpers.join_world()
+        for size in ("4", "four"):
+            monkeypatch.setenv("WORLD_SIZE", size)
+            with pytest.raises(helpers.LabError, match=f"WORLD_SIZE={size} in the environment without RANK"):
+                helpers.join_world()
         monkeypatch.setenv("WORLD_SIZE", "")
         assert helpers.join_world() == (0, 1)
 
