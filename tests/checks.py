@@ -117,8 +117,12 @@ def lenet5(network):
     taken = inspect.signature(network).parameters
     if {"activation", "pool"} <= taken.keys():  # as on the page; a version with no such arguments is right, too
         for name, kind in (("activation", nn.Tanh), ("pool", nn.AvgPool2d)):
-            used = any(isinstance(module, kind) for module in network(**{name: kind}).modules())
-            _demand(used, f"the argument `{name}` has no effect: section 10 changes the network by it.")
+            changed = network(**{name: kind}).eval()
+            changed.load_state_dict(model.state_dict())
+            _demand(
+                not _close(changed(images), logits),
+                f"the argument `{name}` has no effect: section 10 changes the network by it.",
+            )
     return "LeNet-5: 61,706 parameters, and the logits are right."
 
 
@@ -246,11 +250,11 @@ def train_one_epoch(function):
     losses, loss_sum, correct, weights, steps = _epoch(function, trained, criterion, batches)
     wrong = {
         "zero_grad is never called: the gradients of all steps add up.": reference("bs")[3],
-        "the weights did not change: no gradient is left when step comes. The order is zero_grad, backward, step.": (
+        "the weights did not change: is there a step, and a gradient left for it? Order: zero_grad, backward, step.": (
             reference("bzs")[3]
         ),
         "softmax stands before the criterion, which takes logits.": reference(softmax=True)[3],
-        "step stands before backward: each step follows the gradient of the batch before.": (reference("szb")[3]),
+        "step stands before backward: each step follows the gradient of the batch before.": reference("szb")[3],
     }
     _compare(weights, right[3], wrong, "the weights after three steps are others: forward, loss, zero, backward, step?")
     _demand(trained.training, "the model should be in training mode: model.train().")
