@@ -102,17 +102,10 @@ class DataUnavailable(LabError):
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
-MODULE_SETTINGS = {
-    "DATA",
-    "FAST",
-    "LANG",
-    "MIRRORS",
-    "OFFLINE",
-    "REPOSITORY",
-    "RUNS",
-}  # LAB_ names that this module reads itself
+MODULE_SETTINGS = set("DATA FAST LANG MIRRORS OFFLINE REPOSITORY RUNS".split())  # LAB_ names that this module reads
 WHOLE = dict.fromkeys("EPOCHS BATCH_SIZE EXPERIMENT_SEEDS EXPERIMENT_IMAGES EXPERIMENT_EPOCHS".split(), 1)
 WHOLE |= dict(SEED=0, TRANSLATE=0, VALIDATION=0, WIDTHS=1, EXPERIMENT_WIDTHS=1, RESOLUTIONS=16)  # the least values
+SWITCHES = {"CHANNELS_LAST", "COMPILE", "DETERMINISTIC"}
 SEVERAL = {"WIDTHS", "EXPERIMENT_WIDTHS", "RESOLUTIONS", "REFINE"}
 REAL = re.compile("_RATE|MOMENTUM|DECAY|SMOOTHING|DISTORT")
 TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
@@ -135,8 +128,10 @@ class Settings(dict):
                 raise LabError(f"{name} = {value!r}: a setting is a number, a text, True, False, or a tuple of these.")
             if name in SEVERAL and not isinstance(value, tuple | list):
                 raise LabError(f"{name} = {value!r}: a tuple is wanted, with a value for each block or epoch.")
-            if least is not None and not (parts and all(type(part) is int and part >= least for part in parts)):
-                raise LabError(f"{name} = {value!r}: a whole number is wanted, {least} or more.")
+            if name in SWITCHES and not isinstance(value, bool):
+                raise LabError(f"{name} = {value!r}: True or False is wanted.")
+            if least is not None and not (parts and all(type(p) is int and least <= p < 2**63 for p in parts)):
+                raise LabError(f"{name} = {value!r}: a whole number is wanted, {least} or more, below 2**63.")
             if REAL.search(name) and not all(type(part) in (int, float) and 0 <= part < math.inf for part in parts):
                 raise LabError(f"{name} = {value!r}: a number is wanted, 0 or more.")
         return json.loads(json.dumps(values))
@@ -193,7 +188,10 @@ def budget(smoke, cpu, full):
 
 def folder(name: str) -> Path:
     """The folder that `LAB_<name>` names, by default the one beside this module, where relative paths start too."""
-    return HERE / Path(os.environ.get(f"LAB_{name}") or name.lower()).expanduser()
+    try:
+        return HERE / Path(os.environ.get(f"LAB_{name}") or name.lower()).expanduser()
+    except RuntimeError:
+        raise LabError(f"LAB_{name}={os.environ[f'LAB_{name}']}: there is no user of this name here.") from None
 
 
 def _reason(error: BaseException) -> str:
@@ -361,9 +359,10 @@ def join_world(seconds: float = 600) -> World:
     Rank 0 prints for all, the others only errors, to stderr. `seconds` is how long a process waits for the others, here
     and later. Raises LabError where not all come in time.
     """
-    size = os.environ.get("WORLD_SIZE") or "1"
-    if not size.isdecimal() or (int(size) > 1 and "RANK" not in os.environ):
-        raise LabError(f"WORLD_SIZE={size} in the environment without RANK: unset it, or start the page by torchrun.")
+    size, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK", "")
+    if not size.isdecimal() or (int(size) > 1 and not (rank.isdecimal() and int(rank) < int(size))):
+        both = f"WORLD_SIZE={size}, RANK={rank or 'none'}"
+        raise LabError(f"{both}: a rank below the size is missing. Unset both, or start the page by torchrun.")
     if int(size) == 1 or _world().size > 1:
         return _world()
     gpus = torch.cuda.is_available() and os.environ.get("LAB_DEVICE") != "cpu"

@@ -38,13 +38,20 @@ def runs(tmp_path, monkeypatch):
 
 
 class TestEnvironment:
-    def test_a_world_without_a_rank_is_named(self, monkeypatch):
-        for size in ("4", "four"):
-            monkeypatch.setenv("WORLD_SIZE", size)
-            with pytest.raises(helpers.LabError, match=f"WORLD_SIZE={size} in the environment without RANK"):
-                helpers.join_world()
+    @pytest.mark.parametrize(("size", "rank"), [("4", None), ("four", None), ("2", "5"), ("2", "x")])
+    def test_a_world_without_a_rank_is_named(self, size, rank, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        with pytest.raises(helpers.LabError, match=f"WORLD_SIZE={size}, RANK={rank or 'none'}: a rank below the size"):
+            helpers.join_world()
         monkeypatch.setenv("WORLD_SIZE", "")
         assert helpers.join_world() == (0, 1)
+
+    def test_a_folder_of_a_user_who_is_not_there_is_named(self, monkeypatch):
+        monkeypatch.setenv("LAB_DATA", "~nosuchuser/data")
+        with pytest.raises(helpers.LabError, match="LAB_DATA=~nosuchuser/data: there is no user of this name here"):
+            helpers.folder("DATA")
 
     def test_a_module_of_ones_own_that_hides_pythons_is_named(self, tmp_path, monkeypatch):
         (tmp_path / "statistics.py").write_text("x = 1")

@@ -109,6 +109,11 @@ def test_now_is_the_value_on_the_page(page):
         *[(f"WIDTHS = {value}", "a whole number is wanted, 1 or more") for value in ("()", "(16, 0)", "(16.0, 32)")],
         ("RESOLUTIONS = (4, 32)", "a whole number is wanted, 16 or more"),
         ("VALIDATION = 2.0", "a whole number is wanted, 0 or more"),
+        ("SEED = 2**63", "a whole number is wanted, 0 or more, below"),
+        *[
+            (f"{name} = {value}", "True or False is wanted")
+            for name, value in (("COMPILE", "'no'"), ("DETERMINISTIC", "0"))
+        ],
         ("MOMENTUM = -0.9", "a number is wanted, 0 or more"),
         ("LABEL_SMOOTHING = '0.2'", "a number is wanted, 0 or more"),
     ],
