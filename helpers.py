@@ -319,9 +319,8 @@ def autocast(device: torch.device, precision: str):
 
 
 def set_seed(seed: int, deterministic: bool = False) -> None:
-    """Seed PyTorch's random numbers. If `deterministic`, use only operations that give the same bits every time. Call
-    it before the first tensor is on a GPU: cuBLAS reads its setting once. Raises LabError when it is too late.
-    """
+    """Seed PyTorch's random numbers. If `deterministic`, use only operations that give the same bits every time: call
+    it before the first tensor is on a GPU, for cuBLAS reads its setting once. LabError when it is too late."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
     if deterministic and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
@@ -361,8 +360,7 @@ def join_world(seconds: float = 600) -> World:
     """
     size, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK", "")
     if not size.isdecimal() or (int(size) > 1 and not (rank.isdecimal() and int(rank) < int(size))):
-        both = f"WORLD_SIZE={size}, RANK={rank or 'none'}"
-        raise LabError(f"{both}: a rank below the size is missing. Unset both, or start the page by torchrun.")
+        raise LabError(f"WORLD_SIZE={size}, RANK={rank or 'none'}: no rank below the size. Unset both or use torchrun.")
     if int(size) == 1 or _world().size > 1:
         return _world()
     gpus = torch.cuda.is_available() and os.environ.get("LAB_DEVICE") != "cpu"
@@ -734,6 +732,7 @@ class Loader:
         if batch_size < 1 or batch_size % size or (shuffle and batch_size > len(split)):
             wanted = f"from 1 to the {len(split):,} training images, and a multiple of the number of processes, {size}"
             raise LabError(f"LAB_BATCH_SIZE={batch_size}: must be {wanted}.")
+        std = std.clamp(min=1e-3)  # 0 where all pixels of a channel are alike
         self.images, self.labels = split.images.to(device), split.labels.to(device)
         self.scale, self.shift = (m.view(-1, 1, 1).to(device) for m in (1 / (255 * std), -mean / std))
         self.batch_size, self.device, self.layout = batch_size, device, layout or torch.contiguous_format
@@ -772,6 +771,8 @@ def predict(model: nn.Module, loader: Loader, precision: str = "fp32") -> torch.
     """Return the model's logits, float32 [N, classes], for all images of an unshuffled loader, in their order, in
     evaluation mode. With several processes each computes its share, and all get the whole: each image counts once.
     """
+    if loader.shuffle:
+        raise LabError("This loader shuffles: use one without shuffle=True, so that logits and labels match.")
     training = model.training
     model.eval()
     try:

@@ -43,7 +43,7 @@ class TestEnvironment:
         monkeypatch.setenv("WORLD_SIZE", size)
         if rank is not None:
             monkeypatch.setenv("RANK", rank)
-        with pytest.raises(helpers.LabError, match=f"WORLD_SIZE={size}, RANK={rank or 'none'}: a rank below the size"):
+        with pytest.raises(helpers.LabError, match=f"WORLD_SIZE={size}, RANK={rank or 'none'}: no rank below the size"):
             helpers.join_world()
         monkeypatch.setenv("WORLD_SIZE", "")
         assert helpers.join_world() == (0, 1)

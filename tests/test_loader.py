@@ -195,3 +195,13 @@ def test_ranks_share_each_batch_of_one_process(size, start):
         assert seen > 100
     for result in results:
         assert f"LAB_BATCH_SIZE={12 * size - 1}: must be from 1 to" in result[4]
+
+
+def test_a_channel_that_is_alike_everywhere_stays_finite():
+    images, _ = next(iter(make(std=torch.tensor([0.0, 0.25, 0.25]))))
+    assert images.isfinite().all()
+
+
+def test_a_shuffled_loader_is_not_evaluated_against_labels_in_another_order():
+    with pytest.raises(helpers.LabError, match="This loader shuffles"):
+        helpers.evaluate(torch.nn.Flatten(), make(shuffle=True))
