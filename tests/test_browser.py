@@ -94,9 +94,9 @@ def complaints(browser):
 @pytest.mark.parametrize("name", notebooks.NAMES)
 def test_run_all_cells_in_jupyterlab(name, lab, browser):
     browser.get(lab % name)
-    wait(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-Notebook'))"), 60)
+    wait(lambda: browser.execute_script("return !!(window.jupyterapp && document.querySelector('.jp-Notebook'))"), 180)
     wait(lambda: browser.execute_script("return !!jupyterapp.shell.currentWidget?.content?.widgets?.length"), 30)
-    wait(lambda: browser.execute_script("return !!jupyterapp.shell.currentWidget.sessionContext?.session?.kernel"), 60)
+    wait(lambda: browser.execute_script("return !!jupyterapp.shell.currentWidget.sessionContext?.session?.kernel"), 180)
     browser.execute_script(
         "window.done = ''; jupyterapp.commands.execute('notebook:run-all-cells')"
         ".then(() => window.done = 'yes').catch(error => window.done = String(error))"
