@@ -1078,7 +1078,7 @@ class Run:
         points = [(name, value, self.step) for name, value in scalars.items()]
         points += [("loss/step", losses[number], begin + number + 1) for number in range(0, len(losses), 10)]
         for sample in samples:
-            step = begin + max(1, math.ceil(len(losses) * (sample["seconds"] - start) / (seconds - start)))
+            step = begin + max(1, math.ceil(len(losses) * min(1, (sample["seconds"] - start) / (seconds - start))))
             points += [(tag, value, step, sample["time"]) for tag, value in sample.items() if "/" in tag]
         for point in points:
             self.event("scalar", *point)

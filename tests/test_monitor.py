@@ -94,6 +94,20 @@ def test_metrics_history_and_events_have_what_was_measured(card, runs):
         assert set(steps) <= {1, 2, 3, 4, 5}
 
 
+def test_a_sample_taken_as_the_epoch_ends_belongs_to_its_last_step(card, runs):
+    """The thread can be between its timer and its clock when the block ends: the next epoch has no part in that."""
+    monitor, late = helpers.Monitor(CUDA, interval=60), {"gpu/utilization_percent": 40, "time": time.time()}
+    card(CARDS["Tesla T4"])
+    training = toy.Training(EPOCHS=1)
+    training.run.monitor = monitor
+    moments = {"step 1 of epoch 1": lambda: monitor.samples.append(late | {"seconds": 1e6})}
+    training.train(lambda moment: moments.get(moment, str)())
+    steps = training.run.history[0]["step"]
+    training.run.close()
+    events = EventAccumulator(str(training.run.path)).Reload()
+    assert [(p.step, p.value) for p in events.Scalars("gpu/utilization_percent")] == [(steps, 40)]
+
+
 def test_zero_is_a_measurement(card, runs):
     card((0, 1 << 30, 40_000))
     assert metrics_of(helpers.Monitor(CUDA, interval=0.01))[0]["gpu_utilization"]["mean"] == 0
