@@ -201,19 +201,21 @@ def sgd_step(function):
 
 
 class _Scheduler:
-    """Counts its steps, and notes what the optimizer had done."""
+    """Counts its steps; each halves the rate, so that one before the optimizer's shows in the weights."""
 
-    def __init__(self):
-        self.steps = 0
+    def __init__(self, optimizer):
+        self.steps, self.group = 0, optimizer.param_groups[0]
 
     def step(self):
         self.steps += 1
+        self.group["lr"] /= 2
 
 
-def _epoch(train, model, criterion, batches, rate=0.5):
+def _epoch(train, model, criterion, batches, *precision):
     """Train the model with `train`; return losses, sum, right answers, weights and steps of the scheduler."""
-    optimizer, scheduler = torch.optim.SGD(model.parameters(), rate), _Scheduler()
-    losses, loss_sum, correct = train(model, batches, criterion, optimizer, scheduler)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler = _Scheduler(optimizer)
+    losses, loss_sum, correct = train(model, batches, criterion, optimizer, scheduler, *precision)
     return losses, loss_sum, correct, torch.cat([p.detach().flatten() for p in model.parameters()]), scheduler.steps
 
 
@@ -229,15 +231,14 @@ def train_one_epoch(function):
         made.load_state_dict(begin)
         return made
 
-    def reference(order="zbs", softmax=False):  # zero_grad, backward, step
+    def reference(order="zbsr", softmax=False):  # zero_grad, backward, step, the next rate
         def train(model, batches, criterion, optimizer, scheduler):
             losses, total, correct = [], 0.0, 0
             for images, labels in batches:
                 logits = model(images)
                 loss = criterion(logits.softmax(1) if softmax else logits, labels)
                 for act in order:
-                    {"z": optimizer.zero_grad, "b": loss.backward, "s": optimizer.step}[act]()
-                scheduler.step()
+                    {"z": optimizer.zero_grad, "b": loss.backward, "s": optimizer.step, "r": scheduler.step}[act]()
                 losses.append(loss.detach())
                 total, correct = total + loss.detach() * len(labels), correct + (logits.argmax(1) == labels).sum()
             return torch.stack(losses), total, correct
@@ -249,16 +250,18 @@ def train_one_epoch(function):
     trained.eval()
     losses, loss_sum, correct, weights, steps = _epoch(function, trained, criterion, batches)
     wrong = {
-        "zero_grad is never called: the gradients of all steps add up.": reference("bs")[3],
+        "zero_grad is never called: the gradients of all steps add up.": reference("bsr")[3],
         "the weights did not change: is there a step, and a gradient left for it? Order: zero_grad, backward, step.": (
-            reference("bzs")[3]
+            reference("bzsr")[3]
         ),
         "softmax stands before the criterion, which takes logits.": reference(softmax=True)[3],
-        "step stands before backward: each step follows the gradient of the batch before.": reference("szb")[3],
+        "step stands before backward: each step follows the gradient of the batch before.": reference("szbr")[3],
+        "the scheduler steps before the optimizer, which then has the next step's rate.": reference("zbrs")[3],
     }
+    text = f"the scheduler took {steps} steps for {len(batches)} batches: one after each step."
+    _demand(steps == len(batches), text)
     _compare(weights, right[3], wrong, "the weights after three steps are others: forward, loss, zero, backward, step?")
     _demand(trained.training, "the model should be in training mode: model.train().")
-    _demand(steps == len(batches), f"the scheduler took {steps} steps for {len(batches)} batches: one after each step.")
     _demand(_close(losses, right[0]), "the losses should be those of each step, [steps].")
     _demand(not losses.requires_grad, "the losses keep the graph of every step alive: detach them.")
     means = right[0].sum()
@@ -266,6 +269,10 @@ def train_one_epoch(function):
         loss_sum, right[1], {"the loss is summed over steps: over images it is loss × len(labels).": means}, "loss_sum?"
     )
     _demand(int(correct) == int(right[2]), f"{int(correct)} right answers, it should be {int(right[2])}.")
+    watched, cast = model(), []
+    watched.register_forward_hook(lambda *_: cast.append(torch.is_autocast_enabled("cpu")))
+    _epoch(function, watched, criterion, batches, "bf16")
+    _demand(all(cast), "forward does not run under helpers.autocast(images.device, precision).")
     return "a training epoch: weights, losses and sums are right after three steps."
 
 
@@ -291,13 +298,15 @@ def evaluate(function):
     right = nn.functional.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
     result = function(model, batches)
     _demand(isinstance(result, tuple) and len(result) == 2, "return two numbers: mean loss and accuracy.")
+    plain = all(isinstance(value, int | float) for value in result)
+    _demand(plain, "return plain numbers: .item() makes one of a tensor.")
     training, gradients = model.seen
     _demand(not training, "the model is in training mode: call model.eval() first.")
     _demand(not gradients, "gradients are recorded: put the loop under torch.no_grad().")
     _demand(model.training, "the model stays in evaluation mode: restore the mode that it had.")
     function(model.eval(), batches)
     _demand(not model.training, "a model in evaluation mode comes back in training mode: restore the mode that it had.")
-    loss, accuracy = (float(value) for value in result)
+    loss, accuracy = result
     each = [nn.functional.cross_entropy(x.flatten(start_dim=1)[:, :3], y).item() for x, y in batches]
     hits = [(x.flatten(start_dim=1)[:, :3].argmax(1) == y).float().mean().item() for x, y in batches]
     mean = "the mean of the batches' means: the last batch is smaller, so weight each by its images."
@@ -312,7 +321,9 @@ def evaluate(function):
 
 @_check
 def guesses(numbers):
-    """Each guess is a number of per cent."""
+    """Each of the three mistakes has a guess, a number of per cent."""
+    missing = [name for name in ("no zero_grad", "rate × 10", "not normalised") if name not in numbers]
+    _demand(not missing, f"GUESSES lacks the key {missing and missing[0]!r}.")
     odd = [name for name, value in numbers.items() if not isinstance(value, int | float) or not 0 <= value <= 100]
     _demand(not odd, f"the guess for {odd and odd[0]!r} should be a number from 0 to 100, in per cent.")
     return f"{len(numbers)} guesses are noted."

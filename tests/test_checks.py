@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import helpers
 import notebooks
 from tests import checks
 
@@ -108,18 +109,19 @@ plain = lambda v, g, eta, mu: mu * v + g  # noqa: E731
 down = lambda p, v, old, g, eta, mu: p - eta * v  # noqa: E731
 
 
-def epoch(order="zbs", softmax=False, train=True, schedule=1, detach=True, weigh=True, count=True):
-    """A train_one_epoch: z for zero_grad, b for backward, s for step."""
+def epoch(order="zbs", softmax=False, train=True, schedule=1, detach=True, weigh=True, count=True, cast=True):
+    """A train_one_epoch: z for zero_grad, b for backward, s for step, r for the next rate, else at the end."""
 
     def train_one_epoch(model, loader, criterion, optimizer, scheduler, precision="fp32"):
         if train:
             model.train()
         losses, total, correct = [], 0, 0
         for images, labels in loader:
-            logits = model(images)
-            loss = criterion(logits.softmax(1) if softmax else logits, labels)
+            with helpers.autocast(images.device, precision if cast else "fp32"):
+                logits = model(images)
+                loss = criterion(logits.softmax(1) if softmax else logits, labels)
             for act in order:
-                {"z": optimizer.zero_grad, "b": loss.backward, "s": optimizer.step}[act]()
+                {"z": optimizer.zero_grad, "b": loss.backward, "s": optimizer.step, "r": scheduler.step}[act]()
             for _ in range(schedule):
                 scheduler.step()
             losses.append(loss.detach() if detach else loss)
@@ -130,7 +132,7 @@ def epoch(order="zbs", softmax=False, train=True, schedule=1, detach=True, weigh
     return train_one_epoch
 
 
-def evaluation(mode=True, grad=False, restore=True, exact=True, percent=1, total=False, add=False):
+def evaluation(mode=True, grad=False, restore=True, exact=True, percent=1, total=False, add=False, plain=True):
     """An evaluate with one thing wrong."""
 
     def evaluate(model, batches):
@@ -148,7 +150,7 @@ def evaluation(mode=True, grad=False, restore=True, exact=True, percent=1, total
             model.train(was if restore is True else restore == "train")
         mean = lambda values: sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)  # noqa: E731
         loss, accuracy = sum(losses) if add else mean(losses), mean(hits) * percent
-        return loss, accuracy * (sum(sizes) if total else 1)
+        return loss if plain else torch.tensor(loss), accuracy * (sum(sizes) if total else 1)
 
     return evaluate
 
@@ -279,6 +281,7 @@ def parts_of(mix, backward=False, zero=True):
     return gradients
 
 
+GUESSES = {"no zero_grad": 10, "rate × 10": 99.5, "not normalised": 0}
 fair = lambda sizes: sizes / sizes.sum()  # noqa: E731
 RIGHT = [
     *[(checks.mirror, f) for f in (cifar["mirror"], mirrored())],
@@ -295,7 +298,8 @@ RIGHT = [
     *[(checks.sgd_step, f) for f in (mnist["sgd_step"], both(plain, down))],
     *[(checks.train_one_epoch, f) for f in (mnist["train_one_epoch"], epoch(), epoch("bsz"))],
     *[(checks.evaluate, f) for f in (mnist["evaluate"], evaluation())],
-    (checks.guesses, {"a": 10, "b": 99.5}),
+    (checks.guesses, GUESSES),
+    (checks.guesses, GUESSES | {"my own": 12}),
 ]
 WRONG = [
     (checks.block, block(lambda self, x: self.refine(x)), "it stops with NotImplementedError in the line"),
@@ -340,6 +344,8 @@ WRONG = [
     (checks.train_one_epoch, epoch("szb"), "step stands before backward"),
     (checks.train_one_epoch, epoch("zb"), "is there a step"),
     (checks.train_one_epoch, epoch(softmax=True), "softmax stands before the criterion"),
+    (checks.train_one_epoch, epoch("zbrs", schedule=0), "the scheduler steps before the optimizer"),
+    (checks.train_one_epoch, epoch(cast=False), "under helpers.autocast"),
     (checks.train_one_epoch, epoch(train=False), "should be in training mode"),
     (checks.train_one_epoch, epoch(schedule=0), "the scheduler took 0 steps"),
     (checks.train_one_epoch, epoch(schedule=2), "the scheduler took 6 steps"),
@@ -354,6 +360,7 @@ WRONG = [
     (checks.evaluate, evaluation(add=True), "the losses are added"),
     (checks.evaluate, evaluation(total=True), "the accuracy is a number of images"),
     (checks.evaluate, evaluation(percent=100), "in per cent"),
+    (checks.evaluate, evaluation(plain=False), "return plain numbers"),
     (checks.mirror, lambda images, *_, **__: images, "no image is mirrored"),
     (checks.mirror, mirrored(every=True), "all images are mirrored, or none"),
     (checks.mirror, mirrored(dim=-2), "upside down"),
@@ -438,8 +445,9 @@ WRONG = [
     (checks.data_parallel, parts_of(lambda sizes: torch.tensor([1.0, 0.0, 0.0])), "of the first part alone"),
     (checks.data_parallel, parts_of(fair, True, zero=False), "counted again"),
     (checks.data_parallel, lambda model, criterion, parts: [], "should have the shapes"),
-    (checks.guesses, {"a": 10, "b": "many"}, "the guess for 'b'"),
-    (checks.guesses, {"a": 1010}, "the guess for 'a'"),
+    (checks.guesses, GUESSES | {"rate × 10": "many"}, "the guess for 'rate × 10'"),
+    (checks.guesses, GUESSES | {"no zero_grad": 1010}, "the guess for 'no zero_grad'"),
+    (checks.guesses, {"no zero_grad": 10}, "lacks the key 'rate × 10'"),
 ]
 
 
