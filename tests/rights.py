@@ -1,5 +1,6 @@
 """Run something in a process of its own, as a user without rights if need be, whoever runs the tests."""
 
+import codecs
 import multiprocessing
 import os
 import sys
@@ -20,6 +21,7 @@ def in_child(function, nobody=False):
         for place in (Path(sys.prefix).resolve(), Path(__file__).resolve().parent):
             if closed := [folder for folder in (place, *place.parents) if not folder.stat().st_mode & 0o001]:
                 pytest.skip(f"the user nobody could not import anything: {closed[-1]} is closed to others")
+    codecs.lookup("hex")  # MNIST's files are read with it, and Python itself may lie where nobody cannot import it
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
 

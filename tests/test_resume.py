@@ -450,7 +450,7 @@ class TestTrainingThatGoesWrong:
             seen(line)
             assert page.process.returncode != 0
             assert "Traceback" not in page.output
-            assert "epoch 1, step" in line
+            assert "The loss of epoch 1 is" in line
             assert not (page.run / "metrics.json").exists()
 
 
