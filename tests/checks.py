@@ -269,22 +269,21 @@ def train_one_epoch(function):
         loss_sum, right[1], {"the loss is summed over steps: over images it is loss × len(labels).": means}, "loss_sum?"
     )
     _demand(int(correct) == int(right[2]), f"{int(correct)} right answers, it should be {int(right[2])}.")
-    watched, cast = model(), []
-    watched.register_forward_hook(lambda *_: cast.append(torch.is_autocast_enabled("cpu")))
+    watched = _Watchful()
     _epoch(function, watched, criterion, batches, "bf16")
-    _demand(all(cast), "forward does not run under helpers.autocast(images.device, precision).")
+    _demand(watched.seen[2], "forward does not run under helpers.autocast(images.device, precision).")
     return "a training epoch: weights, losses and sums are right after three steps."
 
 
 class _Watchful(nn.Module):
-    """Notes in which mode it was called."""
+    """Notes in which mode it was called, whether with gradients, whether under autocast."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, images):
-        self.seen = self.training, torch.is_grad_enabled()
+        self.seen = self.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
         return images.flatten(start_dim=1)[:, :3] * self.weight
 
 
@@ -300,7 +299,7 @@ def evaluate(function):
     _demand(isinstance(result, tuple) and len(result) == 2, "return two numbers: mean loss and accuracy.")
     plain = all(isinstance(value, int | float) for value in result)
     _demand(plain, "return plain numbers: .item() makes one of a tensor.")
-    training, gradients = model.seen
+    training, gradients, _ = model.seen
     _demand(not training, "the model is in training mode: call model.eval() first.")
     _demand(not gradients, "gradients are recorded: put the loop under torch.no_grad().")
     _demand(model.training, "the model stays in evaluation mode: restore the mode that it had.")
