@@ -123,13 +123,22 @@ def test_run_all_cells_in_jupyterlab(name, lab, browser):
 
 
 def follow_links(browser, sections):
-    """Each link of the table of contents brings its section into view. (JupyterLab must have drawn it before.)"""
+    """Each link of the table of contents brings its section into view.
+
+    Cells that JupyterLab is still drawing above the section push it out of view again; so on a slow machine the test
+    clicks again, as a person would.
+    """
+    page = "jupyterapp.shell.currentWidget.node"  # the other page may still be there
     for number in range(1, sections + 1):
-        page = "jupyterapp.shell.currentWidget.node"  # the other page may still be there
-        top = f"return {page}.querySelector('[data-jupyter-id=section-{number}]')?.getBoundingClientRect().top"
-        wait(lambda top=top: browser.execute_script(top) is not None, 60)
-        browser.execute_script(f"{page}.querySelector('.jp-Notebook a[href$=\"#section-{number}\"]').click()")
-        wait(lambda top=top: -20 < browser.execute_script(top) < browser.get_window_size()["height"], 60)
+        link = f"{page}.querySelector('.jp-Notebook a[href$=\"#section-{number}\"]')?.click()"
+        top = f"return {page}.querySelector('[data-jupyter-id=section-{number}]')?.getBoundingClientRect().top ?? -9999"
+
+        def arrives(link=link, top=top):
+            browser.execute_script(link)
+            time.sleep(0.5)  # JupyterLab scrolls in its own time
+            return -20 < browser.execute_script(top) < browser.get_window_size()["height"]
+
+        wait(arrives, 60)
 
 
 def draw_a_digit(browser):
