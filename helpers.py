@@ -107,6 +107,8 @@ WHOLE = dict.fromkeys("EPOCHS BATCH_SIZE EXPERIMENT_SEEDS EXPERIMENT_IMAGES EXPE
 WHOLE |= dict(SEED=0, TRANSLATE=0, VALIDATION=0, WIDTHS=1, EXPERIMENT_WIDTHS=1, RESOLUTIONS=16)  # the least values
 SWITCHES = {"CHANNELS_LAST", "COMPILE", "DETERMINISTIC"}
 SEVERAL = {"WIDTHS", "EXPERIMENT_WIDTHS", "RESOLUTIONS", "REFINE"}
+TEXTS = set("ABLATION AUTHOR DATASET DEVICE EXPERIMENTS NOTE OWN_IMAGES PRECISION RESUME".split())
+BELOW = dict(MOMENTUM=1, LABEL_SMOOTHING=1)  # real numbers with a limit
 REAL = re.compile("_RATE|MOMENTUM|DECAY|SMOOTHING|DISTORT")
 TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
@@ -130,10 +132,13 @@ class Settings(dict):
                 raise LabError(f"{name} = {value!r}: a tuple is wanted, with a value for each block or epoch.")
             if name in SWITCHES and not isinstance(value, bool):
                 raise LabError(f"{name} = {value!r}: True or False is wanted.")
+            if name in TEXTS and not isinstance(value, str):
+                raise LabError(f"{name} = {value!r}: a text in quotes is wanted.")
             if least is not None and not (parts and all(type(p) is int and least <= p < 2**63 for p in parts)):
                 raise LabError(f"{name} = {value!r}: a whole number is wanted, {least} or more, below 2**63.")
-            if REAL.search(name) and not all(type(part) in (int, float) and 0 <= part < math.inf for part in parts):
-                raise LabError(f"{name} = {value!r}: a number is wanted, 0 or more.")
+            below = BELOW.get(name, math.inf)
+            if REAL.search(name) and not all(type(part) in (int, float) and 0 <= part < below for part in parts):
+                raise LabError(f"{name} = {value!r}: a number is wanted, 0 or more and below {below}.")
         return json.loads(json.dumps(values))
 
 
@@ -413,8 +418,7 @@ def _from_first_rank(function, *arguments):
 
 def distribute(model: nn.Module) -> nn.Module:
     """Return the model as the training step should call it: with several processes each gradient becomes the mean over
-    them during the backward pass (DDP), and all begin with rank 0's weights; alone it is the model itself.
-    """
+    them during the backward pass (DDP), and all begin with rank 0's weights; alone it is the model itself."""
     if _world().size == 1:
         return model
     with warnings.catch_warnings():
@@ -700,8 +704,7 @@ def _stand_in(dataset: str, train: bool, shape: tuple[int, int, int], size: int)
 
 def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     """Split off `count` random images, chosen by `seed` alone, for validation; return (training part, validation part).
-    Raises LabError unless 0 <= count < len(split).
-    """
+    Raises LabError unless 0 <= count < len(split)."""
     if not 0 <= count < len(split):
         raise LabError(f"LAB_VALIDATION={count}: must be at least 0 and less than the {len(split):,} training images.")
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
@@ -1018,8 +1021,7 @@ class Run:
 
     def epochs(self, total: int):
         """Yield the numbers of the epochs that are left of 1 to `total`. An epoch that does not reach `save` leaves no
-        trace: everything is put back to the end of the one before, and the loop can be run again.
-        """
+        trace: everything is put back to the end of the one before, and the loop can be run again."""
         why = "" if Run.current is self else "Another run was opened, or the report written,"
         if odd := self._changes(self.config, self.config | {"settings": self.settings.now()}):
             why = f"{', '.join(line.split()[0] for line in odd)} changed"
@@ -1052,8 +1054,7 @@ class Run:
     @contextlib.contextmanager
     def training(self):
         """Run the clock and the monitor while the block trains an epoch, then wait for the device. With several
-        processes, the running statistics of normalisations become their mean.
-        """
+        processes, the running statistics of normalisations become their mean."""
         with self.monitor:
             yield
             synchronize(self.loader.device)  # the only wait of an epoch
@@ -1065,8 +1066,7 @@ class Run:
         """Add an epoch to the history and to TensorBoard: named values, and the loss of each step [steps].
 
         Values that are not a number, such as an accuracy without validation images, are left out. Raises LabError where
-        a loss is not finite.
-        """
+        a loss is not finite."""
         losses, begin, epoch = losses.tolist(), self.step, len(self.history) + 1
         if bad := next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), 0):
             raise LabError(f"The loss of epoch {epoch} is {losses[bad - 1]} in step {bad}. Lower the learning rate.")

@@ -116,6 +116,8 @@ def test_now_is_the_value_on_the_page(page):
         ],
         ("MOMENTUM = -0.9", "a number is wanted, 0 or more"),
         ("LABEL_SMOOTHING = '0.2'", "a number is wanted, 0 or more"),
+        *[(f"{name} = {value}", "below 1") for name in ("MOMENTUM", "LABEL_SMOOTHING") for value in (1, 1.5)],
+        *[(f"{name} = 5", "a text in quotes") for name in ("NOTE", "AUTHOR", "PRECISION", "DATASET", "EXPERIMENTS")],
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_in_its_cell(line, words, page):
