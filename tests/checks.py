@@ -37,7 +37,7 @@ def _check(function):
 
     @functools.wraps(function)
     def checked(*arguments, strict=True):
-        state = torch.get_rng_state()
+        state, gradients = torch.get_rng_state(), torch.is_grad_enabled()
         try:
             torch.manual_seed(0)
             print("✓", helpers.translate(function(*arguments)))
@@ -46,15 +46,21 @@ def _check(function):
                 error = Unwritten(str(error) or "not written yet")
             elif not isinstance(error, Wrong):
                 stack = traceback.extract_tb(error.__traceback__)  # the last line that is neither ours nor a library's
-                own = [frame for frame in stack if frame.filename != __file__ and "site-packages" not in frame.filename]
+                ours = {__file__, helpers.__file__}  # torch is in dist-packages on Colab
+                own = [frame for frame in stack if frame.filename not in ours and "-packages" not in frame.filename]
                 kind, line = type(error).__name__, own[-1].line if own else ""
                 where = f"it stops with {kind} in the line `{line}`: {error}"
+                if not own and "NoneType" in str(error):
+                    where = line = "it returns nothing: is the return missing, or does it stand in the wrong place?"
+                elif not own and "does not require grad" in str(error):
+                    where = line = "no gradient flows through it: is there a detach, .item(), .data or no_grad?"
                 error = Wrong(where if line else f"it stops with {kind}: {error}")
             if strict or isinstance(error, Unwritten):
                 raise error from None
             print("✗", error)
         finally:
             torch.set_rng_state(state)
+            torch.set_grad_enabled(gradients)
 
     return checked
 
@@ -75,6 +81,22 @@ def _compare(value, right, wrong: dict, otherwise: str) -> None:
         raise Wrong(next((sentence for sentence, other in wrong.items() if _close(value, other)), otherwise))
 
 
+def _flat(value):
+    """What lists, tuples and dicts hold, however deep."""
+    if not isinstance(value, dict | list | tuple):
+        return [value]
+    return [one for part in (value.values() if isinstance(value, dict) else value) for one in _flat(part)]
+
+
+def _demand_no_hidden_layers(model) -> None:
+    """Layers in a plain list or dict have no parameters for PyTorch, unless they are attributes, too."""
+    known = {id(parameter) for parameter in model.parameters()}
+    for name, value in [pair for module in model.modules() for pair in vars(module).items()]:
+        layers = [] if name.startswith("_") else [part for part in _flat(value) if isinstance(part, nn.Module)]
+        hidden = any(id(parameter) not in known for layer in layers for parameter in layer.parameters())
+        _demand(not hidden, f"self.{name} hides its layers from PyTorch: make it nn.Sequential or nn.ModuleList.")
+
+
 # ---------------------------------------------------------------------------------------------------------- MNIST.ipynb
 
 SHAPES = [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (10, 84), (10,)]
@@ -84,9 +106,14 @@ SHAPES = [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120
 def lenet5(network):
     """`network()` is LeNet-5: 61,706 parameters; ReLU, maximum pooling, logits [N, 10] of images [N, 1, 28, 28]."""
     model = network().eval()
+    _demand_no_hidden_layers(model)
     images = torch.randn(3, 1, 28, 28)
     logits = model(images)
     _demand(tuple(logits.shape) == (3, 10), f"three images should give logits [3, 10], not {list(logits.shape)}.")
+    with torch.no_grad():  # a network that starts at 0 would hide mistakes, and the effect of the arguments
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * (2 / p[0].numel()) ** 0.5 if p.dim() > 1 else 0.1 * torch.randn(p.shape))
+    logits = model(images)
     weights = {tuple(p.shape): p for p in model.parameters()}
     if (120, 16, 5, 5) in weights:  # C5 as a convolution, as the paper has it
         weights[120, 400] = weights[120, 16, 5, 5].flatten(start_dim=1)
@@ -108,6 +135,10 @@ def lenet5(network):
         "the pooling takes the average: LeNet5() should take the maximum.": forward(nn.functional.avg_pool2d),
         "there is a ReLU behind the last layer: logits may be negative.": forward(last=torch.relu),
         "there is a softmax behind the last layer: the criterion has it already.": forward(last=lambda x: x.softmax(1)),
+        "there is a log_softmax behind the last layer: the criterion has it already.": forward(
+            last=lambda x: x.log_softmax(1)
+        ),
+        "there is a sigmoid behind the last layer: logits may be any numbers.": forward(last=torch.sigmoid),
         "no activation behind the linear layers C5 and F6.": forward(first_only=True),
         "no activation anywhere: without one the network is nearly linear.": forward(activation=lambda x: x),
         "the activation is tanh: LeNet5() should use ReLU.": forward(activation=torch.tanh),
@@ -115,6 +146,9 @@ def lenet5(network):
     other = "the logits are others than C1, S2, C3, S4, C5, F6 and the output layer give, each with its activation."
     _compare(logits, forward(), wrong, other)
     taken = inspect.signature(network).parameters
+    if "classes" in taken:
+        got = list(network(classes=7).eval()(images).shape)
+        _demand(got == [3, 7], f"with classes=7 three images should give logits [3, 7], not {got}.")
     if {"activation", "pool"} <= taken.keys():  # as on the page; a version with no such arguments is right, too
         for name, kind in (("activation", nn.Tanh), ("pool", nn.AvgPool2d)):
             changed = network(**{name: kind}).eval()
@@ -135,8 +169,22 @@ def cross_entropy(function):
     _demand(
         isinstance(loss, torch.Tensor), f"the loss should be a tensor without dimensions, not {type(loss).__name__}."
     )
-    picked = logits[torch.arange(6), labels]
+    _demand(
+        loss.dim() == 0 or loss.numel() > 1,
+        f"the loss should be a tensor without dimensions, not of shape {list(loss.shape)}.",
+    )
+    picked, log_p = logits[torch.arange(6), labels], logits.log_softmax(1)
     wrong = {
+        "it is divided by the number of images and of classes: sum over the classes, mean over the images.": right / 5,
+        "logits[:, labels] takes all labels of each row: logits[torch.arange(len(labels)), labels] takes its own.": (
+            logits.logsumexp(1) - logits[:, labels]
+        ).mean(),
+        "the largest logit is subtracted in one part only: in both, or add it again.": right - logits.amax(1).mean(),
+        "all classes count alike: only the label's probability should.": -log_p.mean(),
+        "the largest logit of a column is subtracted: take each row's, dim=1.": (
+            (logits - logits.amax(0)).logsumexp(1) - (logits - logits.amax(0))[torch.arange(6), labels]
+        ).mean(),
+        "logarithm to base 10: take the natural one.": right / math.log(10),
         "the sum over the batch, where the mean is wanted.": each(logits, labels, reduction="sum"),
         "one loss for each image: take the mean.": each(logits, labels, reduction="none"),
         "the sign is wrong: it is minus the logarithm.": -right,
@@ -148,10 +196,10 @@ def cross_entropy(function):
         "softmax is taken over the images of the batch: dim=1 is over the classes.": -(
             logits.log_softmax(0)[torch.arange(6), labels].mean()
         ),
-        "logarithm to base 2 or 10: take the natural one.": right / math.log(2),
+        "logarithm to base 2: take the natural one.": right / math.log(2),
     }
     _compare(loss, right, wrong, f"the loss is {loss.detach().flatten()[:3].tolist()}, it should be {right:.4f}.")
-    large = torch.tensor([[1000.0, 0.0], [0.0, -1000.0]])
+    large = torch.tensor([[1000.0, 0.0, 0.0], [0.0, -1000.0, -1000.0]])  # no image of the last class
     value = function(large, torch.tensor([1, 0]))
     message = f"logits of 1,000 give {value.item()}, not 500: subtract each row's largest logit, stay in logarithms."
     _demand(math.isclose(value.item(), 500, rel_tol=1e-5), message)
@@ -171,7 +219,9 @@ def sgd_step(function):
     for start in (0.0, 0.5):
         p, v = torch.tensor([3.0, -2.0], requires_grad=True), torch.full((2,), start)
         p.grad = torch.tensor([1.0, -4.0])
-        function([p], [v], 0.2, 0.9)
+        more = torch.ones(3, 1, requires_grad=True), torch.full((3, 1), 2.0)
+        more[0].grad = torch.full((3, 1), 3.0)
+        function([p, more[0]], [v, more[1]], 0.2, 0.9)
         results.append((p.detach().clone(), v.clone()))
         _demand(p.requires_grad and p.is_leaf, "the parameter has become another tensor: change it in place.")
     (p, v), w, g = results[1], torch.tensor([3.0, -2.0]), torch.tensor([1.0, -4.0])
@@ -184,6 +234,14 @@ def sgd_step(function):
         "the gradient is multiplied by 1 - momentum: here it is added whole.": 0.9 * 0.5 + 0.1 * g,
         "the velocity contains the learning rate: keep it out, v = momentum * v + gradient.": 0.45 + 0.2 * g,
         "momentum is applied to the gradient too.": 0.9 * (0.5 + g),
+        "momentum is applied to the gradient, not to the old velocity.": 0.5 + 0.9 * g,
+        "momentum is missing: the old velocity is added whole.": 0.5 + g,
+        "the gradient does not reach the velocity: a name that ends with _ changes the tensor itself.": (
+            0.9 * torch.full((2,), 0.5)
+        ),
+        "the velocity is multiplied by the learning rate in the end: learning_rate * v leaves it alone.": 0.2 * right_v,
+        "the velocity has the other sign: v = momentum * v + gradient, and the step subtracts it.": 0.45 - g,
+        "the velocity has the learning rate and the other sign: v = momentum * v + gradient.": 0.45 - 0.2 * g,
         "the velocity is the gradient alone: the old one is lost.": g,
     }
     _compare(v, right_v, wrong, f"the velocity is {v.tolist()}, it should be {right_v.tolist()}.")
@@ -197,6 +255,10 @@ def sgd_step(function):
         - 0.2 * (g + 0.9 * right_v),
     }
     _compare(p, w - 0.2 * right_v, wrong, f"the parameters are {p.tolist()}, not {(w - 0.2 * right_v).tolist()}.")
+    _demand(
+        _close(more[0].detach(), torch.full((3, 1), 1 - 0.2 * 4.8)) and _close(more[1], torch.full((3, 1), 4.8)),
+        "the second parameter is wrong: does the loop go over all, each with its own velocity? A return ends it.",
+    )
     return "SGD with momentum: parameters and velocities are right after the step."
 
 
@@ -223,7 +285,8 @@ def _epoch(train, model, criterion, batches, *precision):
 def train_one_epoch(function):
     """`function(model, batches, criterion, optimizer, scheduler)` takes one step for each batch, in the right order."""
     batches = [(torch.randn(size, 1, 4, 4), torch.arange(size) % 3) for size in (8, 8, 4)]
-    criterion, first = nn.CrossEntropyLoss(), nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3))
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.2)  # not torch's default, nor the student's own
+    first = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3))
     begin = {name: value.clone() for name, value in first.state_dict().items()}
 
     def model(dropout=0.0):
@@ -231,12 +294,14 @@ def train_one_epoch(function):
         made.load_state_dict(begin)
         return made
 
-    def reference(order="zbsr", softmax=False):  # zero_grad, backward, step, the next rate
+    def reference(order="zbsr", softmax=False, plain=False, scale=None):  # zero_grad, backward, step, the next rate
         def train(model, batches, criterion, optimizer, scheduler):
             losses, total, correct = [], 0.0, 0
             for images, labels in batches:
                 logits = model(images)
                 loss = criterion(logits.softmax(1) if softmax else logits, labels)
+                loss = nn.functional.cross_entropy(logits, labels) if plain else loss
+                loss = loss * len(labels) ** scale if scale else loss
                 for act in order:
                     {"z": optimizer.zero_grad, "b": loss.backward, "s": optimizer.step, "r": scheduler.step}[act]()
                 losses.append(loss.detach())
@@ -256,12 +321,17 @@ def train_one_epoch(function):
         ),
         "softmax stands before the criterion, which takes logits.": reference(softmax=True)[3],
         "step stands before backward: each step follows the gradient of the batch before.": reference("szbr")[3],
+        "the loss is not the criterion's: criterion(logits, labels).": reference(plain=True)[3],
+        "the optimizer steps twice for each batch.": reference("zbssr")[3],
+        "the loss is divided by the number of images: the criterion's is a mean already.": reference(scale=-1)[3],
+        "the loss is multiplied by the number of images before backward: only the sum below is.": reference(scale=1)[3],
         "the scheduler steps before the optimizer, which then has the next step's rate.": reference("zbrs")[3],
     }
     text = f"the scheduler took {steps} steps for {len(batches)} batches: one after each step."
     _demand(steps == len(batches), text)
     _compare(weights, right[3], wrong, "the weights after three steps are others: forward, loss, zero, backward, step?")
     _demand(trained.training, "the model should be in training mode: model.train().")
+    _demand(torch.is_tensor(losses), "the losses should be one tensor, [steps]: torch.stack makes it of a list.")
     _demand(_close(losses, right[0]), "the losses should be those of each step, [steps].")
     _demand(not losses.requires_grad, "the losses keep the graph of every step alive: detach them.")
     means = right[0].sum()
@@ -296,7 +366,10 @@ def evaluate(function):
     logits = images.flatten(start_dim=1)[:, :3]
     right = nn.functional.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
     result = function(model, batches)
-    _demand(isinstance(result, tuple) and len(result) == 2, "return two numbers: mean loss and accuracy.")
+    stopped = not torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    _demand(not stopped, "gradients stay switched off afterwards: with torch.no_grad(): switches them on again.")
+    _demand(isinstance(result, tuple | list) and len(result) == 2, "return two numbers: mean loss and accuracy.")
     plain = all(isinstance(value, int | float) for value in result)
     _demand(plain, "return plain numbers: .item() makes one of a tensor.")
     training, gradients, _ = model.seen
@@ -309,10 +382,24 @@ def evaluate(function):
     each = [nn.functional.cross_entropy(x.flatten(start_dim=1)[:, :3], y).item() for x, y in batches]
     hits = [(x.flatten(start_dim=1)[:, :3].argmax(1) == y).float().mean().item() for x, y in batches]
     mean = "the mean of the batches' means: the last batch is smaller, so weight each by its images."
-    _compare(
-        loss, right[0], {mean: sum(each) / 3, "the losses are added, not averaged.": sum(each)}, f"loss {loss:.4f}?"
-    )
+    wrong = {
+        mean: sum(each) / 3,
+        "the losses are added, not averaged.": sum(each),
+        "the loss is the sum over all images: divide by their number.": right[0] * len(labels),
+        "means of batches are added and divided by the images: weight each by len(labels), or reduction='sum'.": (
+            sum(each) / len(labels)
+        ),
+        "the sum over images is divided by the number of batches.": right[0] * len(labels) / 3,
+        "loss and accuracy are exchanged: the loss comes first.": right[1],
+        "the loss of the first batch alone: does the return stand in the loop?": each[0],
+        "the loss of the last batch alone: add them up.": each[-1],
+        "softmax stands before the cross-entropy, which takes logits.": nn.functional.cross_entropy(
+            logits.softmax(1), labels
+        ).item(),
+    }
+    _compare(loss, right[0], wrong, f"the loss is {loss:.4f}, it should be {right[0]:.4f}.")
     wrong = {mean: sum(hits) / 3, "the accuracy is a number of images: divide by all of them.": right[1] * len(labels)}
+    wrong |= {"right answers are divided by the number of batches.": right[1] * len(labels) / 3}
     wrong |= {"the accuracy is in per cent: from 0 to 1 is wanted.": 100 * right[1]}
     _compare(accuracy, right[1], wrong, f"the accuracy is {accuracy:.4f}, it should be {right[1]:.4f}.")
     return "evaluation: exact with a smaller last batch, mode and gradients as they should be."
@@ -321,6 +408,10 @@ def evaluate(function):
 @_check
 def guesses(numbers):
     """Each of the three mistakes has a guess, a number of per cent."""
+    _demand(
+        isinstance(numbers, dict),
+        f"GUESSES should be a dict with a number for each name, not {type(numbers).__name__}.",
+    )
     missing = [name for name in ("no zero_grad", "rate × 10", "not normalised") if name not in numbers]
     _demand(not missing, f"GUESSES lacks the key {missing and missing[0]!r}.")
     odd = [name for name, value in numbers.items() if not isinstance(value, int | float) or not 0 <= value <= 100]
@@ -333,10 +424,7 @@ def my_network(network, shape):
     """`network(classes)` gives logits [N, classes] of images [N, *shape], and knows nothing yet."""
     for classes in (7, 10):
         model = network(classes=classes)
-        for name, value in [pair for module in model.modules() for pair in vars(module).items()]:
-            values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-            hidden = not name.startswith("_") and any(isinstance(part, nn.Module) for part in values)
-            _demand(not hidden, f"self.{name} hides its layers from PyTorch: make it nn.Sequential or nn.ModuleList.")
+        _demand_no_hidden_layers(model)
         images, labels = torch.randn(32, *shape), torch.arange(32) % classes
         logits = model(images)
         got = list(logits.shape)
@@ -345,9 +433,16 @@ def my_network(network, shape):
         text = f"the first loss is {loss:.2f}, not about ln {classes} = {chance:.2f}: are the logits too large?"
         _demand(loss < 2 * chance, text)
         _demand(
-            (logits >= 0).any() and (logits < 0).any(),
+            ((logits >= 0).any() and (logits < 0).any()) or not logits.any(),  # a last layer may start at 0
             "all logits have one sign: is there a ReLU or a softmax at the end? Nothing should stand there.",
         )
+        _demand(
+            logits.requires_grad or not [*model.parameters()],
+            "no gradient flows to the weights: is there a detach or no_grad?",
+        )
+        model.eval()
+        text = "two calls in evaluation mode differ: is a layer made in forward, or F.dropout always on?"
+        _demand(_close(model(images).detach(), model(images).detach()), text)
     count = sum(parameter.numel() for parameter in model.parameters())
     _demand(count, "the network has no parameters: are its layers attributes of self?")
     return f"a network of your own: {count:,} parameters, shapes and first loss are right."
@@ -370,12 +465,17 @@ def mirror(function):
         given = images.clone()
         seen = function(given, chances.clone(), epoch, **options)
         _demand(_close(given, images), "the images given were changed themselves: build new ones, or clone first.")
-        upright = images.flip(-1) == images
         wrong = {
             "no image is mirrored: the last dimension of the images is the width.": images.float(),
             "all images are mirrored, or none: choose for each image.": images.flip(-1).float(),
             "the images are upside down: mirror the last dimension, the width.": torch.where(
                 flip[:, None, None, None], images.flip(-2), images
+            ).float(),
+            "the colours are exchanged: mirror the last dimension, the width.": torch.where(
+                flip[:, None, None, None], images.flip(1), images
+            ).float(),
+            "the images are turned by half: mirror the last dimension alone.": torch.where(
+                flip[:, None, None, None], images.flip(2, 3), images
             ).float(),
             f"epoch {epoch} mirrors the images that it should leave, and leaves the others: 0.5, and even or odd?": (
                 _chosen(~flip, images)
@@ -388,9 +488,13 @@ def mirror(function):
             ),
         }
         if epoch == 3 and alternate:
+            none = "odd epochs mirror nothing: they should mirror the images that even ones leave."
+            wrong = {none: images.float()} | wrong
             odd = "odd epochs mirror the same images as even ones: they should mirror the others."
             wrong = {odd: _chosen(last, images)} | wrong
-        _demand(not upright.all() and torch.is_tensor(seen), "return the images, [B, C, H, W].")
+        _demand(torch.is_tensor(seen), "return the images, [B, C, H, W].")
+        got, want = list(seen.shape), list(images.shape)
+        _demand(got == want, f"all images should come back, [B, C, H, W]: {want}, not {got}.")
         _compare(seen.float(), _chosen(flip, images), wrong, "others are mirrored than the chances choose.")
     return "mirror: the right images, alternating or not."
 
@@ -414,6 +518,7 @@ def shift(function):
     first = (chances[0, :2] * (2 * pixels + 1)).long().tolist()
     given = images.clone()
     seen = function(given, chances.clone(), pixels)
+    _demand(torch.is_tensor(seen), "return the images, [B, C, H, W].")
     _demand(_close(given, images), "the images given were changed themselves: build new ones, or clone first.")
     got = list(seen.shape)
     _demand(got == [9, 3, 7, 8], f"the images should keep their size: [9, 3, 7, 8], not {got}.")
@@ -433,6 +538,13 @@ def shift(function):
         "the largest shift is never drawn: there are 2 * pixels + 1 places for a window.": moved(most=2 * pixels),
         "the images are only moved up and left: there are 2 * pixels + 1 places for a window.": moved(most=pixels + 1),
         "nothing is moved.": images.float(),
+        "row and column come from the same chance: the second gives the column.": moved(right=lambda d, r: d),
+        "all windows begin at 0: multiply first, then .long() drops what is behind the point.": moved(
+            down=lambda d, r: 0, right=lambda d, r: 0
+        ),
+        "what leaves on one side comes back on the other: pad by reflection, and cut a window.": moved(
+            "circular", down=lambda d, r: 4 - d, right=lambda d, r: 4 - r
+        ),
     }
     _compare(seen.float(), moved(), wrong, "the images are moved otherwise than the chances say.")
     return "shift: every image by its own chances, the border reflected."
@@ -452,8 +564,13 @@ def batch_norm(layer):
         y = one(leaf)
     except RuntimeError as error:
         text = str(error).splitlines()[0]
-        hint = f"{text}: numbers of the channels, [C], need the shape [C, 1, 1] to fit to x: view(-1, 1, 1)."
-        raise Wrong(hint if "must match" in text else text) from None
+        if "must match" not in text and "broadcast" not in text:
+            raise
+        hint = (
+            f"{text}: mean and variance are over dim=(0, 2, 3); [C] numbers need the shape [C, 1, 1]: view(-1, 1, 1)."
+        )
+        raise Wrong(hint) from None
+    _demand(y is not None, "it returns nothing: is the return missing, or does it stand in the wrong place?")
     expected = right(other)
     mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)
     m, v, b = (t.view(-1, 1, 1) for t in (mean, var, bias))
@@ -462,7 +579,16 @@ def batch_norm(layer):
         "the running averages normalise the training batch: take the batch's own mean and variance.": x / 1.01**0.5 + b,
         "the mean is not subtracted.": x / (v + 0.01).sqrt() + b,
         "it is divided by the variance, not by its root.": (x - m) / (v + 0.01) + b,
-        "epsilon is missing, or outside of the root.": (x - m) / v.sqrt() + b,
+        "the running averages, already updated, normalise the training batch: take the batch's own.": (
+            (x - 0.3 * m) / (0.7 + 0.3 * v * 40 / 39 + 0.01).sqrt() + b
+        ),
+        "the variance has 1/(n - 1), and epsilon is outside of the root: √(variance + ε), correction=0.": (
+            (x - m) / ((v * 40 / 39).sqrt() + 0.01) + b
+        ),
+        "the variance has 1/(n - 1), and epsilon is missing: √(variance + ε), correction=0.": (
+            (x - m) / (v * 40 / 39).sqrt() + b
+        ),
+        "epsilon is missing, or another number than self.epsilon.": (x - m) / v.sqrt() + b,
         "epsilon is outside of the root: √(variance + ε).": (x - m) / (v.sqrt() + 0.01) + b,
         "the training batch is divided by the variance with 1/(n - 1): here it is the one with 1/n.": (
             (x - m) / (v * 40 / 39 + 0.01).sqrt() + b
@@ -531,12 +657,12 @@ def block(layer):
         nn.init.normal_(refine[0].weight, std=0.3)
     f, norm = nn.functional, functools.partial(nn.functional.batch_norm, running_mean=None, running_var=None)
 
-    def forward(shortcut=True, pool=f.max_pool2d, active=f.silu, normed=True, chain=True, each=False, after=False):
-        x1 = one.conv(x)
-        x1 = pool(x1, 2)
-        x1 = norm(x1, training=True, bias=one.norm.bias) if normed else x1
-        x1 = y = active(x1)
-        for layers in one.refine:
+    def forward(
+        shortcut=True, order="pna", pool=f.max_pool2d, active=f.silu, chain=True, each=False, after=False, most=9
+    ):
+        acts = {"p": lambda x: pool(x, 2), "n": lambda x: norm(x, training=True, bias=one.norm.bias), "a": active}
+        x1 = y = functools.reduce(lambda x, act: acts[act](x), order, one.conv(x))
+        for layers in list(one.refine)[:most]:
             y = y + layers(y) if each else layers(y if chain else x1)
         y = x1 + y if shortcut and not each else y
         return active(y) if after else y
@@ -548,10 +674,14 @@ def block(layer):
             "the pooling takes the average.": dict(pool=f.avg_pool2d),
             "the activation is ReLU: take SiLU.": dict(active=f.relu),
             "the activation is missing behind the first normalisation.": dict(active=lambda x: x),
-            "the first normalisation, self.norm, is missing.": dict(normed=False),
+            "the first normalisation, self.norm, is missing.": dict(order="pa"),
             "each refinement gets x: it should get what the one before made.": dict(chain=False),
             "x is added after every refinement: once, around all of them.": dict(each=True),
             "an activation behind the sum: return the sum as it is.": dict(after=True),
+            "the normalisation stands before the pooling: pool first.": dict(order="npa"),
+            "the pooling stands behind the activation: pool first.": dict(order="nap"),
+            "the activation stands before the normalisation: norm, then SiLU.": dict(order="pan"),
+            "only the first refinement is used: does the return stand in the loop?": dict(most=1),
         }.items():
             wrong[sentence] = forward(**options)
         y = one(x)
@@ -559,6 +689,13 @@ def block(layer):
         _demand(got == [5, 6, 4, 4], f"images of 8 × 8 should become [5, 6, 4, 4], not {got}: is the pooling there?")
         wrong["the sum is 2 x: y is never refined, or x is replaced by it."] = 2 * forward(False)
         _compare(y, right, wrong, "the output is another one: conv, pooling, norm, SiLU, refinements, sum?")
+    try:
+        one(x.clone().requires_grad_()).sum().backward()
+    except (RuntimeError, Wrong) as error:  # Wrong: from the grader's process
+        if "inplace operation" not in str(error):
+            raise
+        raise Wrong("x is changed in place, but backward needs it as it was: x + y makes a new tensor.") from None
+    with torch.no_grad():
         one.shortcut = False
         _demand(_close(one(x), forward(shortcut=False)), "without self.shortcut the result of the refinements alone.")
     return "a block: its halves, its refinements and the sum."
@@ -573,7 +710,13 @@ def schedule(function):
         "it rises: 1 at step 0, 0 at the end.": line.flip(0),
         "it does not fall.": torch.ones(9),
         "it reaches 0 a step early: divide by steps.": (1 - torch.arange(9) / 7).clamp(min=0),
+        "it reaches 0 a step early and falls below: divide by steps.": 1 - torch.arange(9) / 7,
+        "it begins a step ahead: 1 at step 0.": (1 - torch.arange(1, 10) / 8).clamp(min=0),
+        "it does not reach 0 at the end: divide by steps.": 1 - torch.arange(9) / 9,
         "it drops at once: is the division one of whole numbers?": (line == 1).float(),
+        "it drops only at the end: is the division one of whole numbers?": (line > 0).float(),
+        "it is 0 from the start: max takes the larger one, min the smaller.": torch.zeros(9),
+        "it falls along a parabola: a straight line is wanted.": line**2,
         "it falls along a cosine: a straight line is wanted.": (1 + torch.cos(math.pi * (1 - line))) / 2,
     }
     _compare(seen, line, wrong, f"the factors of eight steps are {seen.tolist()}, not {line.tolist()}.")
@@ -599,13 +742,35 @@ def data_parallel(function):
         )
 
     right = mix(sizes / 12)
+    before = [p.detach().clone() for p in model.parameters()]
     gradients = list(function(model, criterion, parts))
+    text = "return a list of tensors, one gradient for each trainable weight."
+    _demand(all(torch.is_tensor(g) for g in gradients), text)
+    gradients = [g.detach().clone() for g in gradients]  # a second call may change .grad
     again = list(function(model, criterion, parts))
+    moved = any(not _close(p.detach(), old) for p, old in zip(model.parameters(), before, strict=True))
+    _demand(not moved, "the weights have changed: only the gradients are wanted, no step.")
     got = [list(g.shape) for g in gradients]
     want = [list(p.shape) for p in weights]
     _demand(got == want, f"the gradients should have the shapes {want}, one for each trainable weight, not {got}.")
     wrong = {
         "the gradients are added, not averaged.": mix(torch.ones(3)),
+        "the gradients are all 0: g = g + ... makes a new tensor, g += ... changes the one in the list.": mix(
+            0 * sizes
+        ),
+        "the parts are weighted, and then averaged once more: divide by the number of all images alone.": mix(
+            sizes / 36
+        ),
+        "these are sums over images, divided by the number of parts: divide by the number of all images.": mix(
+            sizes / 3
+        ),
+        "the parts' means are divided by the number of all images: multiply each by its own number first.": mix(
+            torch.ones(3) / 12
+        ),
+        "the last part's share alone: add the parts up.": mix(sizes / 12 * torch.tensor([0.0, 0.0, 1.0])),
+        "the first part's share alone: does the return stand in the loop?": mix(
+            sizes / 12 * torch.tensor([1.0, 0.0, 0.0])
+        ),
         "the mean of the parts' means: weight each part by its number of images.": mix(torch.ones(3) / 3),
         "these are sums over images: divide by the number of all images.": mix(sizes),
         "the gradients of the last part alone: are they kept before the next backward overwrites them? clone.": mix(

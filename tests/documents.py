@@ -388,7 +388,7 @@ def _check_page(page: Path | None) -> list[tuple[bool, str]]:
     cells = read_notebook(page)
     counts = [cell["count"] for cell in cells if cell["type"] == "code" and cell["source"].strip()]
     whole = counts == list(range(1, len(counts) + 1)) and not any(cell["failed"] for cell in cells)
-    blanks, made, missing = code(cells).count("NotImplementedError("), ready_made(code(cells)), own_words(cells)[1]
+    blanks, made, missing = code(cells).count('("not written'), ready_made(code(cells)), own_words(cells)[1]
     return [
         (not blanks, f"code of {page.name}: {blanks} blanks are not written." if blanks else f"code of {page.name}."),
         (whole, "executed from top to bottom." if whole else "not executed from top to bottom: restart and run all."),

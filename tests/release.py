@@ -48,7 +48,11 @@ def blanks(source: str, task: tuple[str, str] | None) -> str:
         if task is None:
             raise ValueError(f"no task box above the solution: {source[:60]!r}")
         text = checks.UNWRITTEN.format(*task)
-        lines = ("# write your code here 在此处编写代码", f'raise NotImplementedError("{text}")')
+        kind = "NotImplementedError" if match[1] else "checks.Unwritten"  # on the page itself: one line, no stack
+        lines = (
+            "# write your code here in place of the next line 在此处编写代码，替换下一行",
+            f'raise {kind}("{text}")',
+        )
         return "".join(f"{match[1]}{line}\n" for line in lines)
 
     return SOLUTION.sub(blank, source).rstrip("\n")
@@ -79,7 +83,7 @@ def for_nbgrader(notebook) -> None:
         cells.append(cell)
         if cell.cell_type == "markdown":
             task = ([task] + [number for number, _ in TASK.findall(cell.source)])[-1]
-        elif "NotImplementedError" in cell.source or "### BEGIN SOLUTION" in cell.source:
+        elif any(mark in cell.source for mark in ("not written yet: ", "### BEGIN SOLUTION")):
             common = dict(schema_version=3, task=False)
             cell.metadata["nbgrader"] = common | dict(grade=False, grade_id=cell.id, locked=False, solution=True)
             calls = "\n".join(line for line in cell.source.splitlines() if line.startswith("checks."))

@@ -1,6 +1,7 @@
 """Every known mistake gets its own sentence, every correct version passes, and nothing is left changed."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ mnist, cifar = (notebooks.definitions(name) for name in notebooks.NAMES)
 
 
 def net(*layers):
-    """A class whose instances are these layers in their order."""
+    """A class whose instances are these layers in their order, for ten classes."""
 
     class Net(nn.Sequential):
-        def __init__(self, classes=10):
+        def __init__(self):
             super().__init__(*(make() for make in layers))
 
     return Net
@@ -281,6 +282,20 @@ def parts_of(mix, backward=False, zero=True):
     return gradients
 
 
+def edited(name, old, new):
+    """The check of the page's definition `name`, and this definition with `old` replaced by `new` where it stands."""
+    call, cells = (
+        re.compile(rf"\nchecks\.(\w+)\({name}\b"),
+        [(p, c) for p in notebooks.NAMES for c in notebooks.code_cells(p)],
+    )
+    [(page, source)] = [(page, cell.source) for page, cell in cells if call.search(cell.source)]
+    check, source = call.search(source)[1], source.split("\nchecks.")[0]
+    assert old in source
+    namespace = dict(mnist if page == "MNIST.ipynb" else cifar)
+    notebooks.execute(source.replace(old, new), namespace)
+    return getattr(checks, check), namespace[name]
+
+
 GUESSES = {"no zero_grad": 10, "rate × 10": 99.5, "not normalised": 0}
 fair = lambda sizes: sizes / sizes.sum()  # noqa: E731
 RIGHT = [
@@ -300,6 +315,12 @@ RIGHT = [
     *[(checks.evaluate, f) for f in (mnist["evaluate"], evaluation())],
     (checks.guesses, GUESSES),
     (checks.guesses, GUESSES | {"my own": 12}),
+    edited("LeNet5", "self.activation = ", "nn.init.zeros_(self.output.weight)\n        self.activation = "),
+    edited("cross_entropy", "(logits.logsumexp", "(logits.double().logsumexp"),
+    edited("sgd_step", "v.mul_(momentum).add_(p.grad)", "v[:] = momentum * v + p.grad"),
+    edited("evaluate", "return loss_sum / count, correct / count", "return [loss_sum / count, correct / count]"),
+    edited("Block", "return x + y if self.shortcut", "return torch.add(x, y) if self.shortcut"),
+    edited("data_parallel_gradients", "whole += part", "whole.add_(part)"),
 ]
 WRONG = [
     (checks.block, block(lambda self, x: self.refine(x)), "it stops with NotImplementedError in the line"),
@@ -324,7 +345,7 @@ WRONG = [
     (checks.cross_entropy, lambda z, y: F.nll_loss(z.log_softmax(0), y), "over the images of the batch"),
     (checks.cross_entropy, lambda z, y: lse(z, y) / math.log(2), "logarithm to base 2"),
     (checks.cross_entropy, naive, "subtract each row's largest logit"),
-    (checks.cross_entropy, lambda z, y: lse(z, y).detach(), "it stops with RuntimeError"),
+    (checks.cross_entropy, lambda z, y: lse(z, y).detach(), "is there a detach, .item()"),
     (checks.cross_entropy, lambda z, y: lse(z, y).item(), "a tensor without dimensions"),
     (checks.sgd_step, step(lambda p, v, g, eta, mu: v.copy_(mu * v + g)), "the parameters did not change"),
     (checks.sgd_step, step(lambda p, v, g, eta, mu: p.sub_(eta * (mu * v + g))), "velocity did not change in place"),
@@ -450,6 +471,151 @@ WRONG = [
     (checks.guesses, {"no zero_grad": 10}, "lacks the key 'rate × 10'"),
 ]
 
+ENTROPY, STEP = "(logits.logsumexp(dim=1) - logits[places, labels]).mean()", "v.mul_(momentum).add_(p.grad)"
+LOSS, RESULT = "loss = criterion(logits, labels)", "return loss_sum / count, correct / count"
+FLIPPED, SUM = "images.flip(-1)", "return x + y if self.shortcut else y"
+NORMED, BATCH_VARIANCE = "(x - mean) / (variance + self.epsilon).sqrt()", "x.var(dim=(0, 2, 3), correction=0)"
+FALL, SHARE = "max(0.0, 1 - step / steps)", "* len(labels) / count"
+EDITED = [  # the page's own solution, a line of it, what a student wrote there, words of the sentence
+    ("LeNet5", "return self.output(x)", "self.output(x)", "it returns nothing"),
+    ("LeNet5", "self.output(x)", "self.output(x).log_softmax(1)", "log_softmax behind the last layer"),
+    ("LeNet5", "self.output(x)", "self.output(x).sigmoid()", "sigmoid behind the last layer"),
+    ("LeNet5", "nn.Linear(84, classes)", "nn.Linear(84, 10)", "with classes=7"),
+    ("LeNet5", "= activation()", "= activation(); self.all = [[nn.Linear(2, 2)]]", "self.all hides its layers"),
+    ("cross_entropy", ENTROPY, "F.cross_entropy(logits, labels).view(1)", "not of shape [1]"),
+    ("cross_entropy", ENTROPY, "-(F.one_hot(labels, 5) * logits.log_softmax(1)).mean()", "of images and of classes"),
+    (
+        "cross_entropy",
+        ENTROPY,
+        "-(F.one_hot(labels) * logits.log_softmax(1)).sum(1).mean()",
+        "RuntimeError in the line",
+    ),
+    ("cross_entropy", "logits[places, labels]", "logits[:, labels]", "takes all labels of each row"),
+    ("cross_entropy", "logits.logsumexp", "(logits - logits.amax(1, True)).logsumexp", "in one part only"),
+    ("cross_entropy", ENTROPY, "-logits.log_softmax(1).mean()", "all classes count alike"),
+    (
+        "cross_entropy",
+        "logits.logsumexp(dim=1)",
+        "(logits - logits.amax(0)).logsumexp(1) + logits.amax(0)[labels]",
+        "the largest logit of a column",
+    ),
+    ("cross_entropy", ENTROPY, f"{ENTROPY} / math.log(10)", "base 10"),
+    ("cross_entropy", ENTROPY, "F.cross_entropy(logits.data, labels)", "no gradient flows through it"),
+    (
+        "sgd_step",
+        "p.sub_(learning_rate * v)",
+        "p.sub_(learning_rate * v)\n        return",
+        "the second parameter is wrong",
+    ),
+    ("sgd_step", STEP, f"v = velocities[0]\n        {STEP}", "it stops with RuntimeError in the line"),
+    ("sgd_step", STEP, "v.add_(p.grad, alpha=momentum)", "not to the old velocity"),
+    ("sgd_step", STEP, "v.add_(p.grad)", "momentum is missing"),
+    ("sgd_step", STEP, "v.mul_(momentum).add(p.grad)", "does not reach the velocity"),
+    ("sgd_step", "learning_rate * v", "v.mul_(learning_rate)", "multiplied by the learning rate in the end"),
+    ("sgd_step", STEP, "v.mul_(momentum).sub_(p.grad)", "the velocity has the other sign"),
+    ("sgd_step", STEP, "v.mul_(momentum).sub_(learning_rate * p.grad)", "the learning rate and the other sign"),
+    ("train_one_epoch", LOSS, "loss = F.cross_entropy(logits, labels)", "not the criterion's"),
+    ("train_one_epoch", LOSS, f"{LOSS} / len(labels)", "divided by the number of images"),
+    ("train_one_epoch", LOSS, f"{LOSS} * len(labels)", "multiplied by the number of images"),
+    ("train_one_epoch", "optimizer.step()", "optimizer.step(); optimizer.step()", "steps twice"),
+    ("train_one_epoch", "return torch.stack(losses)", "return losses", "torch.stack makes it"),
+    ("train_one_epoch", "(images.device, ", "(images.device.type, ", "in the line `with helpers.autocast"),
+    ("evaluate", "with torch.no_grad():", "torch.set_grad_enabled(False)\n    if True:", "gradients stay switched off"),
+    ("evaluate", RESULT, "return loss_sum, correct / count", "the sum over all images"),
+    ("evaluate", ', reduction="sum"', "", "added and divided by the images"),
+    ("evaluate", RESULT, "return loss_sum / len(batches), correct / count", "sum over images is divided by the number"),
+    ("evaluate", RESULT, "return loss_sum / count, correct / len(batches)", "right answers are divided by"),
+    ("evaluate", RESULT, "return correct / count, loss_sum / count", "exchanged"),
+    (
+        "evaluate",
+        "count += len(labels)",
+        "model.train(training); return loss_sum / len(labels), 0",
+        "of the first batch alone",
+    ),
+    ("evaluate", RESULT, "return F.cross_entropy(logits, labels).item(), 0.0", "of the last batch alone"),
+    ("evaluate", "model(images)", "model(images).softmax(1)", "softmax stands before the cross-entropy"),
+    ("mirror", FLIPPED, "images.flip(1)", "the colours are exchanged"),
+    ("mirror", FLIPPED, "images.flip(2, 3)", "turned by half"),
+    ("mirror", "return torch.where", "return images[flip].flip(-1), torch.where", "return the images, [B, C, H, W]"),
+    (
+        "mirror",
+        "return torch.where(flip[:, None, None, None], images.flip(-1), images)",
+        "return images[flip]",
+        "all images",
+    ),
+    ("mirror", "^ (epoch % 2 == 1)", "& (epoch % 2 == 0)", "odd epochs mirror nothing"),
+    ("shift", "return windows", "windows", "return the images"),
+    ("shift", "down, right]", "down, down]", "row and column come from the same chance"),
+    ("shift", ".long().T", ".T", "it stops with IndexError in the line"),
+    ("shift", "(chances[:, :2] * (2 * pixels + 1)).long()", "(chances[:, :2].long() * 5)", "all windows begin at 0"),
+    ("BatchNorm", "mean(dim=(0, 2, 3))", "mean(dim=(1, 2, 3))", "mean and variance are over dim=(0, 2, 3)"),
+    ("BatchNorm", "variance + self.epsilon", "variance + 1e-5", "another number than self.epsilon"),
+    ("BatchNorm", "return (x", "(x", "it returns nothing"),
+    (
+        "BatchNorm",
+        NORMED,
+        "(x - mean) / (x.std(dim=(0, 2, 3)).view(-1, 1, 1) + self.epsilon)",
+        "outside of the root: √",
+    ),
+    ("BatchNorm", NORMED, "(x - mean) / x.std(dim=(0, 2, 3)).view(-1, 1, 1)", "and epsilon is missing"),
+    (
+        "BatchNorm",
+        "mean, variance, bias = (",
+        "mean, variance = self.running_mean, self.running_var\n        mean, variance, bias = (",
+        "already updated",
+    ),
+    ("BatchNorm", "mean = x.mean", "x -= 1\n            mean = x.mean", "RuntimeError in the line `x -= 1`"),
+    (
+        "Block",
+        SUM,
+        "if self.shortcut:\n            x += y\n        return x if self.shortcut else y",
+        "changed in place",
+    ),
+    (
+        "Block",
+        "x = F.max_pool2d(x, 2)\n        x = self.norm(x)",
+        "x = F.max_pool2d(self.norm(x), 2)",
+        "before the pooling",
+    ),
+    (
+        "Block",
+        "x = F.max_pool2d(x, 2)\n        x = self.norm(x)\n        x = F.silu(x)",
+        "x = F.max_pool2d(F.silu(self.norm(x)), 2)",
+        "stands behind the activation",
+    ),
+    ("Block", "x = self.norm(x)\n        x = F.silu(x)", "x = self.norm(F.silu(x))", "stands before the normalisation"),
+    ("Block", "y = layers(y)", "return x + layers(y)", "only the first refinement is used"),
+    ("schedule", FALL, "1 - step / (steps - 1)", "a step early and falls below"),
+    ("schedule", FALL, "max(0.0, 1 - (step + 1) / steps)", "it begins a step ahead"),
+    ("schedule", FALL, "1 - step / (steps + 1)", "it does not reach 0 at the end"),
+    ("schedule", FALL, "1 - step // steps", "it drops only at the end"),
+    ("schedule", FALL, "min(0.0, 1 - step / steps)", "it is 0 from the start"),
+    ("schedule", FALL, f"{FALL} ** 2", "along a parabola"),
+    ("schedule", "return ", "", "it returns nothing"),
+    ("data_parallel_gradients", "whole += part", "whole = whole + part", "the gradients are all 0"),
+    ("data_parallel_gradients", SHARE, f"{SHARE} / len(parts)", "averaged once more"),
+    ("data_parallel_gradients", SHARE, "* len(labels) / len(parts)", "divided by the number of parts"),
+    ("data_parallel_gradients", SHARE, "/ count", "multiply each by its own number first"),
+    ("data_parallel_gradients", "whole += part", "whole[:] = part", "the last part's share alone"),
+    (
+        "data_parallel_gradients",
+        "            whole += part",
+        "            whole += part\n        return gradients",
+        "the first part's",
+    ),
+    (
+        "data_parallel_gradients",
+        "return gradients",
+        "[p.data.add_(1) for p in weights]; return gradients",
+        "have changed",
+    ),
+    ("data_parallel_gradients", "return gradients", "return [g.tolist() for g in gradients]", "a list of tensors"),
+    ("data_parallel_gradients", "return gradients", "", "it returns nothing"),
+]
+
+
+WRONG += [(*edited(name, old, new), words) for name, old, new, words in EDITED]
+
 
 @pytest.mark.parametrize(("check", "thing"), RIGHT)
 def test_a_correct_version_passes_and_the_random_numbers_stay(check, thing, capsys):
@@ -457,6 +623,7 @@ def test_a_correct_version_passes_and_the_random_numbers_stay(check, thing, caps
     check(thing)
     assert capsys.readouterr().out.startswith("✓ ")
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(("check", "thing", "words"), WRONG)
@@ -468,6 +635,7 @@ def test_a_known_mistake_gets_its_sentence(check, thing, words, capsys):
     assert line == f"Wrong: {caught.value}"
     check(thing, strict=False)
     assert capsys.readouterr().out == f"✗ {caught.value}\n"
+    assert torch.is_grad_enabled()
 
 
 def test_the_sentences_differ():
@@ -503,15 +671,39 @@ def test_a_network_of_ones_own(shape, capsys):
     class Hiding(linear()):
         def __init__(self, classes=10):
             super().__init__(classes)
-            self.more = [nn.Linear(3, 3)]
+            self.more = {"all": [[nn.Linear(3, 3)]]}
 
-    checks.my_network(linear(), shape)
-    assert f"✓ a network of your own: {10 * (math.prod(shape) + 1):,} parameters" in capsys.readouterr().out
+    class Listed(linear()):
+        def __init__(self, classes=10):
+            super().__init__(classes)
+            self.parts, self.activations = [self.layer], [nn.ReLU()]  # known to PyTorch, and without parameters
+            nn.init.zeros_(self.layer.weight)
+            nn.init.zeros_(self.layer.bias)
+
+    class Forward(linear()):
+        def forward(self, images):
+            return nn.Linear(10, len(self.layer.bias))(super().forward(images)[:, [0] * 10])
+
+    class Dropping(linear()):
+        def forward(self, images):
+            return F.dropout(super().forward(images))
+
+    class Constant(linear()):
+        @torch.no_grad()
+        def forward(self, images):
+            return super().forward(images)
+
+    for right in (linear(), Listed):
+        checks.my_network(right, shape)
+        assert f"✓ a network of your own: {10 * (math.prod(shape) + 1):,} parameters" in capsys.readouterr().out
     for wrong, words in [
         (linear(50), "are the logits too large"),
         (linear(end=nn.ReLU), "one sign"),
         (linear(outputs=10), "[32, 7]"),
         (Hiding, "self.more hides its layers"),
+        (Forward, "is a layer made in forward"),
+        (Dropping, "F.dropout always on"),
+        (Constant, "no gradient flows to the weights"),
     ]:
         with pytest.raises(checks.Wrong) as caught:
             checks.my_network(wrong, shape)
