@@ -86,6 +86,15 @@ class TestFile:
         }
         assert odd == set()
 
+    def test_no_cell_adds_to_what_another_one_made(self, name):
+        """Else the other cell, run again, loses what this one added: `built["2 Data"] = …` was lost so."""
+        for cell in notebooks.code_cells(name):
+            made, _ = notebooks.top_level(cell.source)
+            for node in ast.parse(cell.source).body:
+                places = [t.value for t in getattr(node, "targets", []) if isinstance(t, ast.Subscript)]
+                added = {place.id for place in places if isinstance(place, ast.Name)} - {*made}
+                assert not added, cell.id
+
     def test_few_settings_come_first(self, name):
         first, *others = [cell for cell in notebooks.code_cells(name) if "helpers.settings(globals()" in cell.source]
         names = [t.id for node in ast.parse(first.source).body for t in getattr(node, "targets", [])]
