@@ -7,6 +7,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import functools
 import html
 import itertools
 import json
@@ -24,6 +25,15 @@ from pathlib import Path
 BROWSERS = "chromium chromium-browser google-chrome google-chrome-stable chrome msedge".split()
 DATASETS = "MNIST FashionMNIST CIFAR10 CIFAR100".split()
 LABS = {"mnist": "LeNet-5", "cifar": "A network of our own"}
+# what a run's files must hold for pages and lists
+NEEDED = {
+    "metrics": (
+        *("lab", "dataset", "source", "device", "precision", "epochs"),
+        *("test_accuracy", "test_loss", "train_seconds"),
+    ),
+    "config": ("settings", "versions", "images", "batch_size", "model", "mean", "std", "optimizer", "scheduler"),
+    "history": ("epoch", "seconds", "samples"),
+}
 WORDS = re.compile(r"^#+ .*(?:In my own words|我的结论).*\n*", re.MULTILINE)
 READY_MADE = ("torchvision.models", "torch.hub", "timm", "transformers", "segmentation_models_pytorch", "keras")
 PAGE = """<!DOCTYPE html>
@@ -138,7 +148,10 @@ def write_pdf(page: Path) -> Path | None:
         command = [browser, "--headless", "--disable-gpu", f"--user-data-dir={profile}", "--no-pdf-header-footer"]
         command += ["--no-sandbox"] * (getattr(os, "geteuid", lambda: 1)() == 0)  # root may not have one
         command += [f"--print-to-pdf={target.resolve()}", page.resolve().as_uri()]
+        target.unlink(missing_ok=True)  # an older one would look like what this call made
         subprocess.run(command, check=True, capture_output=True, timeout=120)
+    if not target.is_file():
+        raise OSError(f"{browser} wrote no {target}: open {page} in a browser and print it to PDF")
     return target
 
 
@@ -148,9 +161,14 @@ def write_pdf(page: Path) -> Path | None:
 def read_run(path: Path) -> dict:
     """A run's `metrics`, `config` and `history`. Raises OSError or ValueError where a file is not there or damaged."""
     found = {}
-    for name in ("metrics", "config", "history"):
+    for name, keys in NEEDED.items():
         try:
             found[name] = json.loads((path / f"{name}.json").read_text("utf-8"))
+            entries = found[name] if name == "history" else [found[name]]
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise ValueError(f"{'a list of dicts' if name == 'history' else 'a dict'} is wanted")
+            if missing := [key for key in keys for entry in entries if entry.get(key) is None]:
+                raise ValueError(f"it lacks {missing[0]}")
         except FileNotFoundError:
             raise FileNotFoundError(f"{path / name}.json is not there: name the folder of a finished run") from None
         except ValueError as error:
@@ -159,8 +177,9 @@ def read_run(path: Path) -> dict:
 
 
 def finished_runs(folder: Path, lab: str = "*") -> list[Path]:
-    """The folders of finished runs below `folder`, those of `lab`, oldest first."""
-    return sorted((file.parent for file in folder.glob(f"{lab}/*/metrics.json")), key=lambda run: run.name)
+    """The folders of finished runs below `folder`, those of `lab`, oldest first; the kit's own reference before all."""
+    found = [file.parent for file in folder.glob(f"{lab}/*/metrics.json")]
+    return sorted(found, key=lambda run: (run.parent.name != "reference", run.name))
 
 
 def _text(key: str, value) -> str:
@@ -249,7 +268,7 @@ def process(run: dict) -> str:
         f"It saw {config['images']:,} training images of {metrics['dataset']} ({metrics['source']}), "
         f"and was validated on {held_out:,} others.",
         f"Preprocessing: mean {mean} and standard deviation {std} of the training images become 0 and 1.",
-        f"Augmentation: `{config['augmentation']}`." if config["augmentation"] else "There is no augmentation.",
+        f"Augmentation: `{config['augmentation']}`." if config.get("augmentation") else "There is no augmentation.",
         f"Optimizer: {'; '.join(_describe(*group) for group in config['optimizer'])}.",
         f"Schedule of the learning rate: {', '.join(config['scheduler']) or '–'}.",
         f"Trained for {metrics['epochs']} epochs in batches of {config['batch_size']}, in {metrics['precision']} on "
@@ -264,7 +283,12 @@ def _run_parts(path: Path) -> list[str]:
 
     run = read_run(path)
     metrics, history = run["metrics"], run["history"]
-    results = {file.relative_to(path / "results").as_posix(): file for file in (path / "results").rglob("*.*")}
+    results = {file.relative_to(path / "results"): file for file in (path / "results").rglob("*.*")}
+    results = {  # and nothing that a file manager, Jupyter or a killed process left there
+        name.as_posix(): file
+        for name, file in results.items()
+        if file.suffix in (".png", ".md") and file.is_file() and not any(p.startswith(".") for p in name.parts)
+    }
 
     def result(name: str) -> str:
         file = results[name]
@@ -280,7 +304,7 @@ def _run_parts(path: Path) -> list[str]:
         _picture(helpers.png(curves(history)), "accuracy, loss and utilisation over time"),
     ]
     busy = "Utilisation is the share of time in which the device was busy at all; how well it was used is in images/s."
-    reason = metrics["gpu_utilization_reason"]
+    reason = metrics.get("gpu_utilization_reason")
     parts += [
         "### Utilisation 利用率",
         f"GPU: {reason}. " * bool(reason) + f"{helpers.utilization(history)[0]}. {busy}",
@@ -319,7 +343,7 @@ def write_report(*runs: str | Path, words: Path | None = None, output: Path | No
     parts += dict.fromkeys(itertools.chain(*(_warnings(run["metrics"]) for run in runs.values())))
     parts += ["## In my own words 我的结论"]
     if words:
-        parts += [words.read_text(encoding="utf-8") or "(The file of words is empty.)"]
+        parts += [words.read_text(encoding="utf-8-sig") or "(The file of words is empty.)"]
     for path, run in runs.items() if not words else ():
         lab, page = run["metrics"]["lab"], pages[run["metrics"]["lab"]]
         text, missing = own_words(read_notebook(page)) if page else ("", "There is no notebook of this run here.")
@@ -372,8 +396,8 @@ def list_runs(folder: Path) -> str:
             marks = ["smoke run"] * bool(metrics.get("smoke")) + ["unfinished"] * ("unfinished" in metrics)
             name, note = path.relative_to(folder).as_posix(), str(run["config"].get("note", ""))
             data = metrics["dataset"] + " (stand-in)" * (metrics["source"] == "stand-in")
-            rows += [[name, note, data, f"{share:.2%}" if share else "–", f"{metrics['test_accuracy']:.2%}"]]
-            rows[-1] += [f"{metrics['train_seconds']:.1f}", ", ".join(marks)]
+            row = [name, note, data, "–" if share is None else f"{share:.2%}", f"{metrics['test_accuracy']:.2%}"]
+            rows.append([*row, f"{metrics['train_seconds']:.1f}", ", ".join(marks)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
@@ -401,7 +425,7 @@ def _check_run(path: Path | None) -> list[tuple[bool, str]]:
     if path is None:
         return [(False, "there is no finished training.")]
     run = read_run(path)
-    metrics, gpu = run["metrics"], run["metrics"]["gpu_utilization"]
+    metrics, gpu = run["metrics"], run["metrics"].get("gpu_utilization")
     smoke, real = bool(metrics.get("smoke")), metrics["source"] != "stand-in"
     trained = f"trained for {metrics['epochs']} epochs on {metrics['device']}."
     trained = f"the training was {metrics.get('unfinished')}." if "unfinished" in metrics else trained
@@ -411,7 +435,7 @@ def _check_run(path: Path | None) -> list[tuple[bool, str]]:
         ("unfinished" not in metrics, trained),
         (not smoke, f"{path.name} is a smoke run, no result." if smoke else f"the run that counts is {path.name}."),
         (real, f"on {metrics['dataset']}." if real else f"on a stand-in, not on {metrics['dataset']}."),
-        (bool(gpu), busy or f"no GPU utilisation: {metrics['gpu_utilization_reason']}."),
+        (bool(gpu), busy or f"no GPU utilisation: {metrics.get('gpu_utilization_reason')}."),
         (curves, "curves are there." if curves else "history or TensorBoard's events are missing."),
         (True, f"test accuracy {metrics['test_accuracy']:.2%}."),
     ]
@@ -449,8 +473,9 @@ def hand_in(name: str = "", output: Path | None = None) -> tuple[Path, str]:
     output = output or home / f"{name}-{date.today()}.zip"
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    zipped = functools.partial(zipfile.ZipFile, mode="w", compression=zipfile.ZIP_DEFLATED, strict_timestamps=False)
     try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive, tempfile.TemporaryDirectory() as folder:
+        with zipped(temporary) as archive, tempfile.TemporaryDirectory() as folder:
             for page in filter(None, pages.values()):
                 archive.write(page, page.name)
                 archive.writestr(f"code/{page.stem}.py", code(read_notebook(page)))
@@ -522,6 +547,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     import helpers  # takes seconds, which --help should not
 
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal in GBK has no ✓
     try:
         if chosen.command in ("prefetch", "verify"):
             return bring(chosen.names, chosen.command == "verify")
@@ -531,11 +558,9 @@ def main(arguments: list[str] | None = None) -> int:
             path, lines = hand_in(chosen.name, chosen.output)
             print(f"{lines}\n{path}")
         elif chosen.command == "compare":
-            runs = (
-                chosen.runs or finished_runs(helpers.folder("RUNS"))[-chosen.last :]
-                if chosen.last or chosen.runs
-                else []
-            )
+            runs = chosen.runs
+            if chosen.last > 1 and not runs:
+                runs = finished_runs(helpers.folder("RUNS"))[-chosen.last :]
             if len(runs) < 2:
                 raise helpers.LabError("Name two or more runs, or --last 2; `python -m helpers runs` lists them.")
             print(write_comparison(runs, chosen.output or helpers.folder("RUNS") / "compare.html"))

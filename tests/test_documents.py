@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -150,6 +151,69 @@ def test_runs_are_listed_and_compared(at_home, capsys):
     assert "two or more" in capsys.readouterr().err
     for name in ("c.html", "compare.html"):
         (at_home / "runs" / name).unlink()
+
+
+def test_the_last_runs_are_yours_not_the_reference(at_home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(at_home / "runs", tmp_path / "runs")
+    shutil.copytree(notebooks.ROOT / "runs" / "reference", tmp_path / "runs" / "reference")
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path / "runs"))
+    assert documents.main(["compare", "--last", "2"]) == 0
+    page = (tmp_path / "runs" / "compare.html").read_text(encoding="utf-8")
+    assert all(path.name in page for path in documents.finished_runs(tmp_path / "runs")[-2:])
+    assert documents.main(["compare", "--last", "-1"]) == 1
+    assert "two or more runs" in capsys.readouterr().err
+
+
+def test_what_others_left_among_the_results_is_passed_over(at_home, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(documents.finished_runs(at_home / "runs")[0], run)
+    for name in (".DS_Store", "Thumbs.db", ".x.png.123.part", "mine.jpg", ".ipynb_checkpoints/x.md"):
+        (run / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / "results" / name).write_bytes(b"\xff\xfe")
+    (run / "results" / "a.png").mkdir()
+    (run / "results" / "kept.md").write_text("| a |\n|---|\n| here |")
+    assert "here" in documents.write_report(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["metrics", "config", "history"])
+@pytest.mark.parametrize("content", ["null", "3", "[3]", '{"a": 1}', '[{"epoch": 1}]'])
+def test_a_run_of_another_kind_is_named_and_hides_no_other(name, content, at_home, tmp_path, monkeypatch):
+    shutil.copytree(at_home / "runs", tmp_path / "runs")
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path / "runs"))
+    damaged, *others = documents.finished_runs(tmp_path / "runs")
+    (damaged / f"{name}.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"{damaged.name}/{name}.json is damaged"):
+        documents.write_report(damaged)
+    listed = documents.list_runs(tmp_path / "runs")
+    assert all(run.name in listed for run in others)
+    assert documents.hand_in(output=tmp_path / "it.zip")[0].is_file()
+
+
+def test_a_browser_that_prints_nothing_is_no_success(at_home, tmp_path, monkeypatch, capsys):
+    browser = tmp_path / "chromium"
+    browser.write_text("#!/bin/sh\nexit 0\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    page = tmp_path / "report.html"
+    page.with_suffix(".pdf").write_bytes(b"an older one")
+    run = documents.finished_runs(at_home / "runs")[0]
+    assert documents.main(["report", str(run), "--output", str(page), "--pdf"]) == 1
+    assert "wrote no" in capsys.readouterr().err
+    assert not page.with_suffix(".pdf").exists()
+
+
+def test_a_terminal_in_another_encoding_gets_the_checklist(at_home, tmp_path):
+    """With files as old as some copies make them, which zip cannot date."""
+    variables = os.environ | {"PYTHONIOENCODING": "gbk"}
+    command = [sys.executable, "-m", "helpers", "handin", "--output", str(tmp_path / "it.zip")]
+    copy = tmp_path / "runs"
+    shutil.copytree(at_home / "runs", copy)
+    for file in copy.rglob("events*"):
+        os.utime(file, (0, 0))
+    variables["LAB_RUNS"] = str(copy)
+    done = subprocess.run(command, env=variables, cwd=notebooks.ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode("gbk").rstrip().endswith("it.zip")
 
 
 def test_tensorboard_gets_the_note_and_ten_settings(at_home):
