@@ -2,8 +2,7 @@
 
 In this order: settings, environment and device, processes, data, batches and evaluation, monitor, run, figures,
 TensorBoard. `python -m helpers` is in tests/documents.py, with all that is made of finished runs. Importing this module
-reads no file, starts nothing and prints nothing.
-"""
+reads no file, starts nothing and prints nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +43,6 @@ if __name__ == "__main__":  # before the imports that take seconds, for --help
 
 import filelock
 import matplotlib.figure
-import matplotlib.text
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -156,7 +154,7 @@ def settings(namespace: dict, *, last: bool = False, free: str = "") -> Settings
     here = [name for name in stores if name != "SETTINGS" and name in namespace]
     for name in here:
         if (text := os.environ.get(f"LAB_{name}")) is not None:
-            value = _parse(f"LAB_{name}", text, namespace[name])
+            value = _parse(f"LAB_{name}", _printable(text), namespace[name])
             if value != namespace[name]:
                 say(f"from the environment: {name}={value!r}, the cell says {namespace[name]!r}")
             namespace[name] = value
@@ -270,7 +268,6 @@ def check_environment() -> None:
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device called `name`; for "auto" torch's accelerator if there is any, else the CPU.
-
     Several processes use CUDA or the CPU, which torch.distributed can serve. Raises LabError for one that is not there.
     """
     try:
@@ -300,8 +297,7 @@ def pick_precision(device: torch.device, name: str = "auto") -> str:
     """Return "bf16", "fp16" or "fp32" for the training step on `device`; LabError where it cannot do what is named.
 
     CUDA: bf16 from capability 8.0 (older cards only emulate it), fp16 with a gradient scaler on 7.x, fp32 below.
-    CPU: bf16 where the processor has instructions for it (AMX or AVX512-BF16). Elsewhere fp32.
-    """
+    CPU: bf16 where the processor has instructions for it (AMX or AVX512-BF16). Elsewhere fp32."""
     if name == "auto" and device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
@@ -361,8 +357,7 @@ def join_world(seconds: float = 600) -> World:
     """Join the processes that torchrun started with this one, and return this one's place; alone, rank 0 of 1.
 
     Rank 0 prints for all, the others only errors, to stderr. `seconds` is how long a process waits for the others, here
-    and later. Raises LabError where not all come in time.
-    """
+    and later. Raises LabError where not all come in time."""
     size, rank = os.environ.get("WORLD_SIZE") or "1", os.environ.get("RANK", "")
     if not size.isdecimal() or (int(size) > 1 and not (rank.isdecimal() and int(rank) < int(size))):
         raise LabError(f"WORLD_SIZE={size}, RANK={rank or 'none'}: no rank below the size. Unset both or use torchrun.")
@@ -519,8 +514,7 @@ def _load(dataset: str, train: bool, shape: tuple[int, int, int]) -> Split:
 
 def load_official(dataset: str, train: bool) -> Split:
     """Read a named dataset with torchvision. No byte reaches its unpickler before the checksum matched.
-    Raw Fashion-MNIST files were published with the checksums of their archives only: they are never called verified.
-    """
+    Raw Fashion-MNIST files were published with the checksums of their archives only: they are never called verified."""
     from torchvision import datasets
 
     table, root, idx = getattr(datasets, dataset), folder("DATA"), "MNIST" in dataset
@@ -561,15 +555,14 @@ def _find_archive(dataset: str, target: Path, checksum: str, odd: list[Path]) ->
     """Return the path `target` of an archive whose md5 is `checksum`, brought from the first mirror that serves.
     One process downloads, others wait. What came is kept in `.<name>.part`, and the next try, of any mirror, asks for
     the rest only. Raises DataUnavailable with each address, its reason and the manual step; another LabError where a
-    file is there but damaged, the archive or one of `odd`: no stand-in takes its place.
-    """
+    file is there but damaged, the archive or one of `odd`: no stand-in takes its place."""
     from torchvision.datasets.utils import check_integrity
 
     part, reasons = target.with_name(f".{target.name}.part"), ["  LAB_OFFLINE=1: no download tried"] * flag("OFFLINE")
     mirrors = [*os.environ.get("LAB_MIRRORS", "").replace(",", " ").split(), *MIRRORS[dataset].split()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(part.with_suffix(".lock"), timeout=1800):
+        with contextlib.nullcontext() if reasons else filelock.FileLock(part.with_suffix(".lock"), timeout=1800):
             for number, mirror in enumerate([] if reasons else mirrors, 1):
                 if check_integrity(target, checksum):  # it was there, another process brought it, or it came just now
                     break
@@ -588,7 +581,7 @@ def _find_archive(dataset: str, target: Path, checksum: str, odd: list[Path]) ->
         return target
     text = "\n".join([f"{dataset}: {target.name} is not in {target.parent} and cannot be downloaded:", *reasons])
     text += f"\nBy hand: put {target.name} (md5 {checksum}) into {target.parent}, then run again."
-    if damaged := [f"  {path} ({path.stat().st_size:,} bytes)" for path in (*odd, target) if path.is_file()]:
+    if damaged := [f"  {path} ({path.stat().st_size:,} bytes)" for path in (*odd, target) if os.path.isfile(path)]:
         raise LabError("\n".join(["Damaged or altered, the checksum does not match:", *damaged, text]))
     raise DataUnavailable(text)
 
@@ -618,13 +611,17 @@ def _fetch(url: str, part: Path, slowest: int) -> None:
 
 def _list_folder(part: Path) -> dict[str, list[Path]]:
     """{class: image files} of one part of an image folder. Hidden entries are skipped, no folder is read twice."""
-    found, left, seen = {}, [], {part.stat().st_ino}
-    for folder in sorted(path for path in part.iterdir() if path.is_dir() and not path.name.startswith(HIDDEN)):
-        name = unicodedata.normalize("NFC", _printable(folder.name))  # both forms of é are one class
-        files = found.setdefault(name if len(name) <= 40 else f"{name[:39]}…", [])
-        for place, inner, names in os.walk(folder, followlinks=True):
-            again = os.stat(place).st_ino in seen  # a link that leads in a circle
-            seen.add(os.stat(place).st_ino)
+    found, full, entries = {}, {}, [path for path in sorted(part.iterdir()) if not path.name.startswith(HIDDEN)]
+    left, seen = [path for path in entries if not path.is_dir()], {os.path.realpath(part)}
+    for folder in filter(Path.is_dir, entries):
+        whole = unicodedata.normalize("NFC", _printable(folder.name))  # both forms of é are one class
+        name = whole if len(whole) <= 40 else f"{whole[:19]}…{whole[-20:]}"
+        if full.setdefault(name, whole) != whole:
+            raise LabError(f"{part}: two folders are both shown as {name}. Rename one, there and in the other part.")
+        files = found.setdefault(name, [])
+        for place, inner, names in os.walk(folder, followlinks=True, onerror=_fail):
+            again = os.path.realpath(place) in seen  # a link that leads in a circle
+            seen.add(os.path.realpath(place))
             inner[:] = [] if again else sorted(one for one in inner if not one.startswith(HIDDEN))
             for path in (Path(place, one) for one in sorted(names) if not (again or one.startswith(HIDDEN))):
                 good = path.suffix.lower() in IMAGES and (path.is_file() or path.is_symlink())  # and no pipe
@@ -635,9 +632,13 @@ def _list_folder(part: Path) -> dict[str, list[Path]]:
     return dict(sorted(found.items()))
 
 
+def _fail(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder that may not be read
+
+
 def _printable(text: object) -> str:
-    """The text with a sign for each byte of a file's name that is no UTF-8."""
-    return os.fsencode(str(text)).decode("utf-8", "replace")
+    r"""The text with \xb9, say, for each byte of a file's name that is no UTF-8."""
+    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
 
 
 def _load_folder(dataset: str, train: bool, shape: tuple[int, int, int]) -> Split:
@@ -664,8 +665,7 @@ def _load_folder(dataset: str, train: bool, shape: tuple[int, int, int]) -> Spli
 
 def read_image(path: str | Path, shape: tuple[int, int, int]) -> torch.Tensor:
     """Return the image file as uint8 [C, H, W] of `shape`: grey or RGB, centre-cropped and resized where it differs.
-    What is transparent becomes white. Raises LabError, with the file's name, where it cannot be decoded.
-    """
+    What is transparent becomes white. Raises LabError, with the file's name, where it cannot be decoded."""
     channels, *size = shape
     try:
         with Image.open(path) as opened:
@@ -686,8 +686,7 @@ def read_image(path: str | Path, shape: tuple[int, int, int]) -> torch.Tensor:
 
 def _stand_in(dataset: str, train: bool, shape: tuple[int, int, int], size: int) -> Split:
     """Draw `size` learnable images: each class is a smooth random pattern, shifted, scaled in contrast and covered with
-    noise. The classes' names are numbers, so that nobody takes them for the real ones.
-    """
+    noise. The classes' names are numbers, so that nobody takes them for the real ones."""
     count, random = 100 if dataset == "CIFAR100" else 10, torch.Generator().manual_seed(1998)
     patterns = torch.rand(count, shape[0], 6, 6, generator=random)
     patterns = F.interpolate(patterns, size=shape[1:], mode="bicubic").clamp(0, 1)
@@ -727,8 +726,7 @@ class Loader:
         shuffle, layout: a new order each epoch instead of the split's own; the memory format of the batches.
         augment: called as `augment(images, chances, epoch)` with uint8 images [B, C, H, W] and random numbers from
             [0, 1), float32 [B, 5], for each image; returns images of the same range. Four of the numbers are drawn for
-            each epoch; the last belongs to the image and stays.
-    """
+            each epoch; the last belongs to the image and stays."""
 
     def __init__(self, split, batch_size, device, mean, std, *, shuffle=False, augment=None, seed=0, layout=None):
         rank, size = _world()
@@ -756,7 +754,7 @@ class Loader:
         """Yield the batches of pass `number`."""
         random, total = torch.Generator().manual_seed(self.seed), len(self.labels)
         always = torch.rand(total, 1, generator=random)
-        random.manual_seed(self.seed * 100_003 + number)
+        random.manual_seed((self.seed * 100_003 + number) % 2**63)
         order = torch.randperm(total, generator=random) if self.shuffle else torch.arange(total)
         chances = torch.cat([torch.rand(total, 4, generator=random), always[order]], dim=1)
         fast = self.device.type == "cuda"  # elsewhere the copy may read what is freed by then (pytorch#189690)
@@ -772,8 +770,7 @@ class Loader:
 
 def predict(model: nn.Module, loader: Loader, precision: str = "fp32") -> torch.Tensor:
     """Return the model's logits, float32 [N, classes], for all images of an unshuffled loader, in their order, in
-    evaluation mode. With several processes each computes its share, and all get the whole: each image counts once.
-    """
+    evaluation mode. With several processes each computes its share, and all get the whole: each image counts once."""
     if loader.shuffle:
         raise LabError("This loader shuffles: use one without shuffle=True, so that logits and labels match.")
     training = model.training
@@ -807,8 +804,7 @@ class Monitor:
     On an NVIDIA GPU: memory, power and utilisation, the share of time in which a kernel ran (NVML). Elsewhere: the CPU
     time of this process as a share of all cores. What cannot be measured is left out, and why is in `reasons`; nothing
     that goes wrong here reaches the training. `samples`: dicts of tag to value, with `seconds` of training and Unix
-    `time`. `seconds`: inside the blocks so far. `nvidia_smi`: what that program printed meanwhile, or why nothing.
-    """
+    `time`. `seconds`: inside the blocks so far. `nvidia_smi`: what that program printed meanwhile, or why nothing."""
 
     def __init__(self, device: torch.device, interval: float = 0.2):
         readers = {
@@ -861,15 +857,14 @@ class Monitor:
 def utilization(history: list[dict], reason: str | None = None) -> tuple[str, dict | None]:
     """What a history says of the utilisation: a line, and numbers; None where the series is not whole, for `reason`."""
     seen = [(tag, value) for entry in history for sample in entry["samples"] for tag, value in sample.items()]
-    values = [value for tag, value in seen if tag.endswith("/utilization_percent")]
+    gpu = any(tag.startswith("gpu") for tag, _ in seen)  # a run may have gone on with another device
+    values = [value for tag, value in seen if tag == f"{'gpu' if gpu else 'cpu'}/utilization_percent"]
     if reason or not values:
         return f"Utilisation: n/a ({reason or 'too short to sample'})", None
     kinds = dict(mean=np.mean, median=np.median, max=max)
-    numbers = {key: round(float(of(values)), 2) for key, of in kinds.items()} | {"samples": len(values)}
-    gpu = any(tag.startswith("gpu") for tag, _ in seen)
-    mean, median, most, count = numbers.values()
-    text = f"mean {mean:.0f} %, median {median:.0f} %, max {most:.0f} %, {count} samples"
-    return f"{'GPU utilisation' if gpu else 'CPU utilisation of this process, of all cores'}: {text}", numbers
+    got = {key: round(float(of(values)), 2) for key, of in kinds.items()} | {"samples": len(values)}
+    text = f"mean {got['mean']:.0f} %, median {got['median']:.0f} %, max {got['max']:.0f} %, {len(values)} samples"
+    return f"{'GPU utilisation' if gpu else 'CPU utilisation of this process, of all cores'}: {text}", got
 
 
 # --------------------------------------------------------------------------------------------------------------- run
@@ -890,8 +885,7 @@ class Run:
         built: {section of the page: {setting: value that it was used with}}, compared with the settings of now.
         parts: model=, optimizer= and whatever else has a state_dict, or lists of such.
 
-    Raises LabError where nothing can be resumed, and where data, model, precision, settings or sections differ.
-    """
+    Raises LabError where nothing can be resumed, and where data, model, precision, settings or sections differ."""
 
     current: Run | None = None  # the run that this process trains
 
@@ -958,21 +952,28 @@ class Run:
     def _open(self, resume: str) -> tuple[Path, bool]:
         """Find the run to go on with, or make a new directory; lock it. Return its path, and whether it was there."""
         home = folder("RUNS") / self.config["lab"]
-        runs = [] if not resume else home.glob("*") if resume == "latest" else [HERE / Path(resume).expanduser()]
-        runs = [run for run in runs if (run / "checkpoint.pt").is_file() and (run / "config.json").is_file()]
-        runs = [run for run in runs if resume != "latest" or not (run / "metrics.json").exists()]
         name = self.provenance.dataset + "-stand-in" * (self.provenance.source == "stand-in")
         tag = re.sub(r"\W+", "-", f"{name} {self.config['note']}".strip())[:60].rstrip("-")
         path = home / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{tag}"
-        if runs:
-            path = max(runs, key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
-            load_checkpoint(path / "checkpoint.pt")
-            if odd := self._changes(json.loads((path / "config.json").read_text(encoding="utf-8")), self.config):
-                raise LabError(f"{path} cannot go on with other settings, data or model:\n" + "\n".join(odd[:12]))
-        elif resume not in ("", "latest"):
+        try:
+            runs = [] if not resume else home.glob("*") if resume == "latest" else [HERE / Path(resume).expanduser()]
+            runs = [run for run in runs if (run / "checkpoint.pt").is_file() and (run / "config.json").is_file()]
+            runs = [run for run in runs if resume != "latest" or not (run / "metrics.json").exists()]
+            if runs:
+                path = max(runs, key=lambda run: (run / "checkpoint.pt").stat().st_mtime)
+                load_checkpoint(path / "checkpoint.pt")
+                before = json.loads((path / "config.json").read_text(encoding="utf-8"))
+                self.config["started"] = before["started"]
+                if odd := self._changes(before, self.config):
+                    raise LabError(f"{path} cannot go on with other settings, data or model:\n" + "\n".join(odd[:12]))
+        except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise LabError(f"LAB_RESUME={resume}: {path} cannot be read: {_reason(error)}") from None
+        if resume not in ("", "latest") and not runs:
             raise LabError(f"LAB_RESUME={resume}: there is no checkpoint.pt with its config.json.")
         try:
             path.mkdir(parents=True, exist_ok=bool(runs))
+            for file, content in () if runs else (("config", self.config), ("history", [])):  # for a report of no epoch
+                _write(path / f"{file}.json", content)
             self.lock = filelock.FileLock(path / ".lock")
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -983,9 +984,6 @@ class Run:
             if isinstance(error, FileExistsError) and path.is_dir():  # of another process, in the same microsecond
                 return self._open(resume)
             raise LabError(f"{path} cannot be made: {error}. Set LAB_RUNS to a folder you can write.") from None
-        if not runs:
-            _write(path / "config.json", self.config)
-            _write(path / "history.json", [])  # for the report of one that is stopped in its first epoch
         say(f"resuming {path.name}" if runs else f"new run {path.name}")
         return path, bool(runs)
 
@@ -994,10 +992,13 @@ class Run:
         values = []
         for config in (before, after):
             fixed = {name: value for name, value in config["settings"].items() if name not in self.settings.free}
-            fixed |= {key: config.get(key) for key in ("dataset", "source", "fingerprint", "classes", "precision")}
+            kept = "dataset source fingerprint classes precision scheduler batch_size".split()
+            groups = [(f"{kind}, group {n}:", group) for n, (kind, group) in enumerate(config["optimizer"])]
+            fixed |= {f"{n} {k}": v for n, group in groups for k, v in group.items()} | {k: config.get(k) for k in kept}
             values += [fixed | {f"model, line {n}": line for n, line in enumerate(config["model"].splitlines())}]
         was, now = values
-        return [f"  {name} was {was.get(name)}, is {value}" for name, value in now.items() if was.get(name) != value]
+        odd = [f"  {name} was {was.get(name)}, is {value}" for name, value in now.items() if was.get(name) != value]
+        return [line for line in odd if ", group " not in line] or odd  # which follow from settings
 
     def _pack(self) -> bytes:
         """The state of all parts, the random numbers and the history, as a file for torch.load."""
@@ -1282,8 +1283,7 @@ def _start_tensorboard(logdir: str) -> int:
 
 def show_tensorboard(height: int = 800) -> None:
     """Start TensorBoard on the runs and show it here, in an interactive notebook; else print how to start it.
-    The address goes through JupyterHub's proxy, or the one that TENSORBOARD_PROXY_URL names (%PORT% is the port).
-    """
+    The address goes through JupyterHub's proxy, or the one that TENSORBOARD_PROXY_URL names (%PORT% is the port)."""
     logdir = folder("RUNS")
     if not (_in_notebook() and _watched()):
         say(f"not interactive: TensorBoard is not started. For the curves: tensorboard --logdir {logdir.name}")

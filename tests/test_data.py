@@ -340,12 +340,44 @@ class TestImageFolder:
             (image_folder / part / "狗").rename(image_folder / part / unicodedata.normalize(form, "Bébé"))
         assert helpers.load(str(image_folder), train=False, shape=COLOR).classes == ("Bébé", "cat")
 
+    def test_long_names_that_look_alike_are_no_single_class(self, image_folder):
+        for part in ("train", "test"):
+            for number, old in enumerate(("cat", "狗")):
+                name = f"Animalia_Arthropoda_Insecta_{number}_Lepidoptera_Nymphalidae_Danaus"
+                (image_folder / part / old).rename(image_folder / part / name)
+        with pytest.raises(helpers.LabError, match=r"two folders are both shown as Animalia.*….*Danaus\. Rename one"):
+            helpers.load(str(image_folder), train=True, shape=COLOR)
+
+    def test_names_in_another_encoding_are_told_apart(self, image_folder):
+        for part in ("train", "test"):
+            for old, new in (("cat", "鸟"), ("狗", "狗")):
+                os.rename(image_folder / part / old, os.fsencode(image_folder / part) + b"/" + new.encode("gbk"))
+        split = helpers.load(str(image_folder), train=True, shape=COLOR)
+        assert split.classes == (r"\xb9\xb7", r"\xc4\xf1")
+        assert split.labels.bincount().tolist() == [3, 3]
+
+    def test_images_outside_of_the_classes_are_named(self, image_folder, capsys):
+        shutil.copy(image_folder / "train" / "cat" / "0.png", image_folder / "train" / "loose.png")
+        helpers.load(str(image_folder), train=True, shape=COLOR)
+        assert "1 files left out of train/: loose.png" in capsys.readouterr().out
+
+    @needs_fork
+    def test_a_folder_that_may_not_be_read_is_not_passed_over(self, common_folder, image_folder):
+        copy = common_folder / "pictures"
+        shutil.copytree(image_folder, copy)
+        closed = copy / "train" / "cat" / "closed"
+        closed.mkdir()
+        shutil.copy(copy / "train" / "cat" / "0.png", closed)
+        closed.chmod(0)
+        with pytest.raises(helpers.LabError, match="closed"):
+            in_child(lambda: helpers.load(str(copy), train=True, shape=COLOR), nobody=True)
+
     def test_names_that_are_no_text_or_too_long(self, image_folder, capsys):
         cat = image_folder / "train" / "cat"
         os.rename(os.fsencode(cat / "0.png"), os.fsencode(cat) + "/猫.png".encode("gbk"))
         for part in ("train", "test"):
             (image_folder / part / "狗").rename(image_folder / part / ("n" * 240))
-        assert helpers.load(str(image_folder), train=True, shape=COLOR).classes == ("cat", "n" * 39 + "…")
+        assert helpers.load(str(image_folder), train=True, shape=COLOR).classes == ("cat", "n" * 19 + "…" + "n" * 20)
         with open(os.fsencode(cat) + "/犬.png".encode("gbk"), "wb") as file:
             file.write(b"no image")
         with pytest.raises(helpers.LabError, match="cannot be read as an image") as caught:

@@ -230,6 +230,11 @@ class TestWhichRun:
         assert toy.Training(RESUME="latest").run.path != interrupted.run.path
         assert toy.Training(RESUME=str(interrupted.run.path)).run.path == interrupted.run.path
 
+    @pytest.mark.parametrize("name", ["~nosuchuser/run", "x" * 300])
+    def test_a_path_that_cannot_be(self, name, runs):
+        with pytest.raises(helpers.LabError, match="LAB_RESUME="):
+            toy.Training(RESUME=name)
+
     def test_nothing_to_resume_is_named(self, runs):
         with pytest.raises(helpers.LabError, match="LAB_RESUME=nowhere"):
             toy.Training(RESUME="nowhere")
@@ -313,6 +318,41 @@ def test_what_is_different_is_refused_and_shown(what, interrupted, fault):
     assert interrupted.run.path.name in str(error.value)
     assert str(error.value).count("\n") == message.count("\n") + 1, "only what differs should be shown"
     assert all((interrupted.run.path / name).read_bytes() == content for name, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (dict(nesterov=True), "SGD, group 0: nesterov was False, is True"),
+        (dict(weight_decay=0.01), "weight_decay was 0"),
+    ],
+)
+def test_an_optimizer_edited_in_the_code_is_refused(option, words, interrupted, monkeypatch):
+    monkeypatch.setattr(torch.optim, "SGD", functools.partial(torch.optim.SGD, **option))
+    with pytest.raises(helpers.LabError, match=words):
+        toy.Training(RESUME="latest")
+
+
+def test_a_loader_of_another_batch_size_is_refused(interrupted, monkeypatch):
+    made = toy.loader
+    monkeypatch.setattr(toy, "loader", lambda split, size=40, **options: made(split, 20, **options))
+    with pytest.raises(helpers.LabError, match="batch_size was 40, is 20"):
+        toy.Training(RESUME="latest", built={"SEED": 1})
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"settings": 3, "started": ""}', "\ud800"])
+def test_a_run_with_a_damaged_config_is_named(content, interrupted):
+    (interrupted.run.path / "config.json").write_text(content, errors="surrogatepass")
+    with pytest.raises(helpers.LabError, match=f"LAB_RESUME=latest: .*{interrupted.run.path.name} cannot be read: "):
+        toy.Training(RESUME="latest")
+
+
+def test_a_resumed_run_keeps_the_time_of_its_start(interrupted):
+    path = interrupted.run.path
+    config = read(path, "config.json")
+    (path / "config.json").write_text(json.dumps(config | {"started": "2026-01-01T00:00:00+0000"}))
+    training = toy.Training(RESUME="latest").train()
+    assert training.finish()["started"] == "2026-01-01T00:00:00+0000"
 
 
 def test_free_settings_may_differ(interrupted):
