@@ -29,7 +29,7 @@ LABS = {"mnist": "LeNet-5", "cifar": "A network of our own"}
 NEEDED = {
     "metrics": (
         *("lab", "dataset", "source", "device", "precision", "epochs"),
-        *("test_accuracy", "test_loss", "train_seconds"),
+        *("parameters", "test_accuracy", "test_loss", "train_seconds"),
     ),
     "config": ("settings", "versions", "images", "batch_size", "model", "mean", "std", "optimizer", "scheduler"),
     "history": ("epoch", "seconds", "samples"),
@@ -238,7 +238,8 @@ def curves(*histories: list[dict], names: tuple[str, ...] = ()):
     for axis, quantity, unit, scale in zip(axes, ("accuracy", "loss"), ("%", "nats"), (100, 1), strict=False):
         for number, (history, part, label) in enumerate(lines):
             values = [scale * entry.get(f"{quantity}/{part}", math.nan) for entry in history]
-            style = dict(color=helpers.COLORS[number % 6], marker="os"[number % 2], markersize=4, label=label)
+            marker = "os^Dv<"[(number % 2 + number // 6 * 2) % 6]  # another one where the colours begin again
+            style = dict(color=helpers.COLORS[number % 6], marker=marker, markersize=4, label=label)
             axis.plot([entry["seconds"] for entry in history], values, **style)
         axis.set_ylabel(f"{quantity} ({unit})")
         axis.grid(alpha=0.3)
@@ -305,9 +306,11 @@ def _run_parts(path: Path) -> list[str]:
     ]
     busy = "Utilisation is the share of time in which the device was busy at all; how well it was used is in images/s."
     reason = metrics.get("gpu_utilization_reason")
+    on_gpu = any("gpu/utilization_percent" in sample for entry in history for sample in entry["samples"])
+    stopped = reason if on_gpu else None  # a series that ends midway has no mean
     parts += [
         "### Utilisation 利用率",
-        f"GPU: {reason}. " * bool(reason) + f"{helpers.utilization(history)[0]}. {busy}",
+        f"GPU: {reason}. " * bool(reason) + f"{helpers.utilization(history, stopped)[0]}. {busy}",
     ]
     printed = path / "nvidia-smi.txt"
     if printed.is_file():

@@ -205,3 +205,7 @@ def test_a_channel_that_is_alike_everywhere_stays_finite():
 def test_a_shuffled_loader_is_not_evaluated_against_labels_in_another_order():
     with pytest.raises(helpers.LabError, match="This loader shuffles"):
         helpers.evaluate(torch.nn.Flatten(), make(shuffle=True))
+
+
+def test_the_largest_seed_that_a_settings_cell_takes():
+    assert len(list(make(seed=2**63 - 1, shuffle=True).epoch(200))) == 9

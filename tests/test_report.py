@@ -111,7 +111,14 @@ def test_the_utilisation_or_the_reason(run):
     change(run, "metrics.json", gpu_utilization_reason=None)
     assert "GPU utilisation: mean 70 %, median 70 %, max 80 %, 3 samples" in report(run)
     change(run, "metrics.json", gpu_utilization_reason="NVMLError_NotSupported")
-    assert "GPU: NVMLError_NotSupported" in report(run)
+    page = report(run)
+    assert "GPU: NVMLError_NotSupported" in page
+    assert "mean 70 %" not in page
+
+
+def test_the_mean_is_of_one_device_where_a_run_went_on_on_another():
+    history = [{"samples": [{"cpu/utilization_percent": 90.0}]}, {"samples": [{"gpu/utilization_percent": 20.0}]}]
+    assert helpers.utilization(history)[1]["mean"] == 20
 
 
 def test_words_come_from_the_notebook_saved_last_whatever_it_is_called(run, monkeypatch, tmp_path):
