@@ -195,3 +195,20 @@ def test_import_loads_nothing_that_a_wheel_may_break_and_prints_nothing():
     result = subprocess.run([sys.executable, "-c", code], cwd=helpers.HERE, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("WIDTHS", "8,16", "give both one entry for each block"),
+        ("REFINE", "1,a,33", "texts of odd digits"),
+        ("REFINE", "2,4,22", "texts of odd digits"),
+        ("TRANSLATE", "32", "15 pixels at most"),
+        ("HEAD_RATE", "0", "more than 0"),
+        ("ABLATION", "plian", "ABLATION: no"),
+    ],
+)
+def test_what_does_not_fit_is_named_in_the_settings_of_cifar(name, text, words, monkeypatch):
+    monkeypatch.setenv(f"LAB_{name}", text)
+    with pytest.raises(helpers.LabError, match=words):
+        notebooks.settings("CIFAR.ipynb")
