@@ -153,29 +153,27 @@ def equal_training(page, train, test, weights, double, nudge, rank):
 
 
 def equality(arguments, sizes) -> None:
-    """Losses of LeNet-5 and its test accuracy for each number of processes, on MNIST and on LAB_DATASET; and, as what
-    rounding alone does, those of one process whose weights were changed in the seventh digit.
+    """Losses of LeNet-5 and its test accuracy for each number of processes, on MNIST; and, as what rounding
+    alone does, those of one process whose weights were changed in the seventh digit.
     """
-    names = {"MNIST": (1, 28, 28)} | ({os.environ["LAB_DATASET"]: (3, 32, 32)} if "LAB_DATASET" in os.environ else {})
     batch_size, rows = math.lcm(*sizes) * (240 // math.lcm(*sizes)), []
     page = notebooks.page("MNIST.ipynb", BATCH_SIZE=batch_size)
-    for name, shape in names.items():
-        train, test = (helpers.load(name, part, shape) for part in (True, False))
-        train = train.subset(torch.arange(min(100, len(train) // batch_size) * batch_size))  # whole batches
-        for double in (False, True):
-            weights = first = None
-            plan = [(sizes[0], 0.0), *([] if double else [(1, 1e-7)]), *((size, 0.0) for size in sizes[1:])]
-            for size, nudge in plan:
-                result = in_world(size, functools.partial(equal_training, page, train, test, weights, double, nudge))
-                if RANK:
-                    continue
-                losses, count, right, same, state = result
-                first, weights = first or losses, weights or state
-                apart = [abs(a - b) / abs(a) for a, b in zip(first, losses, strict=True)]
-                row = [train.provenance.dataset, "fp64" if double else "fp32"]
-                row.append(f"{size}, weights nudged" if nudge else size)
-                row += [f"{max(apart[:n]):.0e}" for n in (10, 30, len(apart))] + [f"{losses[-1]:.4f}"]
-                rows.append([*row, f"{right:,} of {count:,}", f"{same if first is not losses else right:,}"])
+    train, test = (helpers.load("MNIST", part, (1, 28, 28)) for part in (True, False))
+    train = train.subset(torch.arange(min(100, len(train) // batch_size) * batch_size))  # whole batches
+    for double in (False, True):
+        weights = first = None
+        plan = [(sizes[0], 0.0), *([] if double else [(1, 1e-7)]), *((size, 0.0) for size in sizes[1:])]
+        for size, nudge in plan:
+            result = in_world(size, functools.partial(equal_training, page, train, test, weights, double, nudge))
+            if RANK:
+                continue
+            losses, count, right, same, state = result
+            first, weights = first or losses, weights or state
+            apart = [abs(a - b) / abs(a) for a, b in zip(first, losses, strict=True)]
+            row = [train.provenance.dataset, "fp64" if double else "fp32"]
+            row.append(f"{size}, weights nudged" if nudge else size)
+            row += [f"{max(apart[:n]):.0e}" for n in (10, 30, len(apart))] + [f"{losses[-1]:.4f}"]
+            rows.append([*row, f"{right:,} of {count:,}", f"{same if first is not losses else right:,}"])
     if not RANK:
         title = f"LeNet-5, batches of {batch_size}: losses against those of {sizes[0]} process"
         header = ["data", "", "processes", "largest relative difference, 10 steps", "30", f"{len(losses)}", "last loss"]
