@@ -284,12 +284,11 @@ def _run_parts(path: Path) -> list[str]:
 
     run = read_run(path)
     metrics, history = run["metrics"], run["history"]
-    results = {file.relative_to(path / "results"): file for file in (path / "results").rglob("*.*")}
-    results = {  # and nothing that a file manager, Jupyter or a killed process left there
-        name.as_posix(): file
-        for name, file in results.items()
-        if file.suffix in (".png", ".md") and file.is_file() and not any(p.startswith(".") for p in name.parts)
-    }
+    home, results = path / "results", {}  # without what a file manager, Jupyter or a killed process left there
+    for file in home.rglob("*.*"):
+        name = file.relative_to(home).as_posix()
+        if file.suffix in (".png", ".md") and file.is_file() and not re.search(r"(^|/)\.", name):
+            results[name] = file
 
     def result(name: str) -> str:
         file = results[name]

@@ -13,6 +13,7 @@ import notebooks
 from tests import checks
 
 mnist, cifar = (notebooks.definitions(name) for name in notebooks.NAMES)
+SOURCES = [(name, cell.source) for name in notebooks.NAMES for cell in notebooks.code_cells(name)]
 
 
 def net(*layers):
@@ -284,11 +285,8 @@ def parts_of(mix, backward=False, zero=True):
 
 def edited(name, old, new):
     """The check of the page's definition `name`, and this definition with `old` replaced by `new` where it stands."""
-    call, cells = (
-        re.compile(rf"\nchecks\.(\w+)\({name}\b"),
-        [(p, c) for p in notebooks.NAMES for c in notebooks.code_cells(p)],
-    )
-    [(page, source)] = [(page, cell.source) for page, cell in cells if call.search(cell.source)]
+    call = re.compile(rf"\nchecks\.(\w+)\({name}\b")
+    [(page, source)] = [(page, source) for page, source in SOURCES if call.search(source)]
     check, source = call.search(source)[1], source.split("\nchecks.")[0]
     assert old in source
     namespace = dict(mnist if page == "MNIST.ipynb" else cifar)
