@@ -318,7 +318,7 @@ def _run_parts(path: Path) -> list[str]:
     if interval := metrics.get("test_interval"):
         test += " (95 % interval {:.2%} to {:.2%})".format(*interval)
     if views := metrics.get("six_views_accuracy"):
-        test += f"; averaged over six views {views:.2%}"
+        test += f"; with six views of an image {views:.2%}"
     parts += ["### Test 测试", f"Test accuracy **{test}**, loss {metrics['test_loss']:.4f}; {metrics['source']} data."]
     order = sorted(results, key=lambda name: (not name.startswith("test/"), results[name].stat().st_mtime))
     parts += [result(name) for name in order]
